@@ -10,6 +10,7 @@ from jax import lax
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.convolution import ResidualConvolution
 from moezoo.jax_backend.convolutional_attention import ConvolvedHeads
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kernels.attention import Chunk, attend_in_chunks, chunk_length, uses_chunk_kernel
@@ -17,13 +18,23 @@ from moezoo.jax_backend.kv_cache import (
     Attended,
     ConvolutionState,
     ConvolvedCache,
+    KeyValueState,
     KVCache,
     RollingCache,
     SharedCache,
     Source,
 )
-from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, norm
-from moezoo.jax_backend.positions import Documents, positions, rotate, same_document, same_side
+from moezoo.jax_backend.normalization import LayerNorm, RMSNorm, l2_clipped, norm
+from moezoo.jax_backend.positions import (
+    Documents,
+    Relative,
+    RelativePosition,
+    positions,
+    relative_bias,
+    rotate,
+    same_document,
+    same_side,
+)
 
 
 def attend(
@@ -35,25 +46,35 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_N: jax.Array | None = None,
+    bias_BNTS: jax.Array | None = None,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend; the softmax denominator divides the output, not the weights."""
     score = jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
     score = score / math.sqrt(query_BTMGH.shape[-1]) if scale is None else score * scale
     if softcap is not None:
         score = softcap * jnp.tanh(score / softcap)
+    if bias_BNTS is not None:
+        score = score + bias_BNTS.reshape(score.shape)
     score = jnp.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -jnp.inf)
     # Subtracting the largest score only guards against overflow; it cancels, and so does its gradient.
     largest = lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
     total: jax.Array | float = 0.0
     if sink_N is not None:
-        sink_MG11 = sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1)
-        largest = jnp.maximum(largest, lax.stop_gradient(sink_MG11))
-        total = jnp.exp(sink_MG11 - largest)
+        sink_BMGT1 = _sink_logits(sink_N, query_BTMGH.shape[2])
+        largest = jnp.maximum(largest, lax.stop_gradient(sink_BMGT1))
+        total = jnp.exp(sink_BMGT1 - largest)
     weight = jnp.exp(score - largest)
     total_BTMG1 = jnp.moveaxis(total + jnp.sum(weight, axis=-1, keepdims=True), 3, 1)
     weight = weight.astype(value_BSMH.dtype)
     attended = jnp.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH, preferred_element_type=jnp.float32)
     return (attended / total_BTMG1).astype(value_BSMH.dtype)
+
+
+def _sink_logits(sink: jax.Array, kv_heads: int) -> jax.Array:
+    """Return sinks [N] or [B, T, N] by group of heads: [B, M, G, T, 1], with B and T of one for the former."""
+    sink_BNT = sink[None, :, None] if sink.ndim == 1 else sink.swapaxes(1, 2)
+    batch, _, length = sink_BNT.shape
+    return sink_BNT.reshape(batch, kv_heads, -1, length, 1)
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: jax.Array) -> jax.Array:
@@ -69,6 +90,8 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: 
 
 def temperature(spec: TemperatureTuningSpec, position_T: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.attention.temperature; float32."""
+    if spec.form == "log":
+        return 1 + spec.scale * jnp.log(jnp.maximum((position_T + spec.first) / spec.floor_length, 1.0))
     if spec.form == "power":
         return jnp.exp(spec.scale * jnp.log1p((position_T + spec.first) / spec.floor_length))
     return 1 + spec.scale * jnp.log1p((position_T + spec.first) // spec.floor_length)
@@ -81,13 +104,14 @@ def attend_causally(
     value_BTMH: jax.Array,
     sink_N: jax.Array | None = None,
     documents: Documents | None = None,
+    relative: Relative | None = None,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
     A chunk reads only the keys that one of its queries may attend to.
     """
     length = query_BTMGH.shape[1]
-    size = chunk_length(length)
+    size, position_T = chunk_length(length), positions(length, 0, None, documents)
     chunks = [
         Chunk(start, min(start + size, length), _first_visible(spec, start, documents))
         for start in range(0, length, size)
@@ -102,7 +126,11 @@ def attend_causally(
         mask_BTS = visible(spec, own.position_BT, seen.position_BT)
         return mask_BTS & same_document(own.document_BT, seen.document_BT)
 
-    if uses_chunk_kernel(query_BTMGH.dtype) and spec.softcap is None:
+    def bias_of(chunk: Chunk) -> jax.Array | None:
+        rows, seen = slice(chunk.start, chunk.end), slice(chunk.first, chunk.end)
+        return relative_bias(relative, position_T[..., rows], position_T[..., seen], rows)
+
+    if uses_chunk_kernel(query_BTMGH.dtype) and spec.plain_scores:
         scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
         return attend_in_chunks(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, documents)
     attended = [
@@ -113,7 +141,8 @@ def attend_causally(
             mask_of(chunk, documents),
             scale=spec.scale,
             softcap=spec.softcap,
-            sink_N=sink_N,
+            sink_N=sink_N if sink_N is None or sink_N.ndim == 1 else sink_N[:, chunk.start : chunk.end],
+            bias_BNTS=bias_of(chunk),
         )
         for chunk in chunks
     ]
@@ -124,8 +153,13 @@ def _mask(
     spec: GroupedQueryAttentionSpec, position_T: jax.Array, slot_S: jax.Array, first_B: jax.Array | None
 ) -> jax.Array:
     """Return the mask of tokens at these positions over these cache slots: [T, S], or [B, T, S] with padding."""
-    position_S = slot_S if first_B is None else slot_S - first_B[:, None]
+    position_S = _positions_of(slot_S, first_B)
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
+
+
+def _positions_of(slot_S: jax.Array, first_B: jax.Array | None) -> jax.Array:
+    """Return the positions of cache slots: [S], or [B, S] with padding."""
+    return slot_S if first_B is None else slot_S - first_B[:, None]
 
 
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int, documents: Documents | None) -> int:
@@ -172,8 +206,17 @@ class GroupedQueryAttention(nnx.Module):
                 self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
         if spec.value_residual and layer > 0:
             self.value_mix = weights.parameter("value_mix")
+        if spec.qk_l2_clip is not None:
+            self.query_scale = weights.parameter("query_scale")
+        if spec.kv_convolution is not None:
+            self.key_convolution = ResidualConvolution(spec.kv_convolution, weights.inside("key_convolution"))
+            self.value_convolution = ResidualConvolution(spec.kv_convolution, weights.inside("value_convolution"))
         if spec.sinks:
             self.sink = weights.parameter("sink")
+        if spec.projected_sinks:
+            self.w_sink = weights.parameter("w_sink")
+        if spec.relative is not None:
+            self.relative = RelativePosition(spec.relative, weights.inside("relative"))
         if spec.gate is not None:
             self.w_gate = weights.parameter("w_gate")
         if spec.gate_bias:
@@ -200,10 +243,9 @@ class GroupedQueryAttention(nnx.Module):
         query, key, value, state = self._projected(x_BTD, past, real_BT, documents)
         if isinstance(cache, ConvolvedCache):
             cache = cache._replace(state=state)
-        query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, position_T)
-        if spec.temperature_tuning is not None:
-            temperature_T = temperature(spec.temperature_tuning, jnp.maximum(position_T, 0))
-            query = (query * temperature_T[..., None, None]).astype(dtype)
+        scale_NH = None if spec.qk_l2_clip is None else self.query_scale[...]
+        query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, position_T, scale_NH)
+        query = self._tempered(query, position_T)
         if isinstance(cache, SharedCache):
             cache = cache.extend(length)
         elif key is not None and value is not None:
@@ -218,10 +260,10 @@ class GroupedQueryAttention(nnx.Module):
             else:
                 cache, source = cache.extend(key, mixed)
         assert source is not None
-        sink_N = self.sink[...].astype(jnp.float32) if spec.sinks else None
+        sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents, relative)
         else:
             attended = attend(
                 grouped,
@@ -231,6 +273,7 @@ class GroupedQueryAttention(nnx.Module):
                 scale=spec.scale,
                 softcap=spec.softcap,
                 sink_N=sink_N,
+                bias_BNTS=relative_bias(relative, position_T, _positions_of(source.slot_S, first_B)),
             )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
@@ -238,8 +281,32 @@ class GroupedQueryAttention(nnx.Module):
             output = output + self.b_output[...].astype(dtype)
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
 
+    def _tempered(self, feature: jax.Array, position_T: jax.Array) -> jax.Array:
+        """Multiply features [B, T, N, H] by the temperature of their position, if there is one."""
+        if self.spec.temperature_tuning is None:
+            return feature
+        temperature_T = temperature(self.spec.temperature_tuning, jnp.maximum(position_T, 0))
+        return (feature * temperature_T[..., None, None]).astype(feature.dtype)
+
+    def _sinks(self, x_BTD: jax.Array) -> jax.Array | None:
+        """Return the sinks in float32: [N], or [B, T, N] where they are a projection; None: there are none."""
+        if self.spec.projected_sinks:
+            return projection.einsum("BTD,DN->BTN", x_BTD, self.w_sink[...].astype(x_BTD.dtype)).astype(jnp.float32)
+        return self.sink[...].astype(jnp.float32) if self.spec.sinks else None
+
+    def _relative(self, x_BTD: jax.Array, position_T: jax.Array) -> Relative | None:
+        """Return features and profiles of relative position logits, if there are any."""
+        if self.spec.relative is None:
+            return None
+        feature_BTNZ, profile_ZS = self.relative(x_BTD)
+        return Relative(self._tempered(feature_BTNZ, position_T), profile_ZS)
+
     def _projected(
-        self, x_BTD: jax.Array, past: ConvolutionState | None, real_BT: jax.Array | None, documents: Documents | None
+        self,
+        x_BTD: jax.Array,
+        past: ConvolutionState | KeyValueState | None,
+        real_BT: jax.Array | None,
+        documents: Documents | None,
     ) -> tuple[jax.Array, jax.Array | None, jax.Array | None, Any]:
         """Spec: moezoo.core.reference.attention._projected; with the state of the convolution, None without one."""
         spec, dtype = self.spec, x_BTD.dtype
@@ -252,13 +319,21 @@ class GroupedQueryAttention(nnx.Module):
         if spec.qkv_bias:
             key = key + self.b_key[...].astype(dtype)
         if spec.convolution is not None:
+            assert not isinstance(past, KeyValueState)
             convolved: tuple[jax.Array, jax.Array, jax.Array, ConvolutionState]
             convolved = self.convolution(x_BTD, query, key, past, real_BT, documents)
             return convolved
         if spec.values_from_keys:
             return query, key, key, None
         value = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_value[...].astype(dtype))
-        return query, key, value + self.b_value[...].astype(dtype) if spec.qkv_bias else value, None
+        value = value + self.b_value[...].astype(dtype) if spec.qkv_bias else value
+        if spec.kv_convolution is None:
+            return query, key, value, None
+        inputs = past if isinstance(past, KeyValueState) else KeyValueState(None, None)
+        options: dict[str, Any] = {"real_BT": real_BT, "documents": documents}
+        key, of_key = self.key_convolution(key, x_BTD, inputs.key_BSMH, **options)
+        value, of_value = self.value_convolution(value, x_BTD, inputs.value_BSMH, **options)
+        return query, key, value, KeyValueState(of_key, of_value)
 
     def _keys_and_values(self, key: jax.Array, value: jax.Array, position_T: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Return keys after norm and rotation, and values before any value residual."""
@@ -273,11 +348,21 @@ class GroupedQueryAttention(nnx.Module):
             key = (key * self.key_temperature[...].astype(jnp.float32)[:, None]).astype(dtype)
         return key, value
 
-    def _rotated(self, x: jax.Array, norm: RMSNorm | LayerNorm | None, position_T: jax.Array) -> jax.Array:
-        """Normalize, clip and rotate queries or keys."""
+    def _rotated(
+        self,
+        x: jax.Array,
+        norm: RMSNorm | LayerNorm | None,
+        position_T: jax.Array,
+        scale_NH: jax.Array | None = None,
+    ) -> jax.Array:
+        """Normalize, clip and rotate queries or keys; a scale multiplies queries before an L2 clip."""
         spec = self.spec
         if norm is not None and not spec.qk_norm_after_rotation:
             x = norm(x)
+        if spec.qk_l2_clip is not None:
+            dtype, x = x.dtype, x.astype(jnp.float32)
+            x = x if scale_NH is None else x * scale_NH.astype(jnp.float32)
+            x = l2_clipped(x, spec.qk_l2_clip).astype(dtype)
         x = self._clipped(x)
         match spec.position:
             case RoPESpec():

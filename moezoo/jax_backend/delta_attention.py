@@ -10,12 +10,12 @@ from jax import lax
 from moezoo.core.reference.linear_recurrence import FORGETS
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.convolution import causal_convolution
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, RecurrentCache, empty_recurrent_cache
 from moezoo.jax_backend.linear_recurrence import decays, in_chunks
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, positions
-from moezoo.jax_backend.short_convolution import causal_convolution
 
 CHUNK = 32
 """Chunk length in tokens: half as long makes products small, twice as long makes triangular systems large."""

@@ -26,7 +26,7 @@ class FeedForward(nnx.Module):
             self.b_up = weights.parameter("b_up")
             self.b_down = weights.parameter("b_down")
 
-    def __call__(self, x: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, weight: jax.Array | None = None) -> jax.Array:
         spec, dtype = self.spec, x.dtype
         gate = None
         if not isinstance(spec, PlainFeedForwardSpec):
@@ -34,7 +34,9 @@ class FeedForward(nnx.Module):
             gate = gate + self.b_gate[...].astype(dtype) if spec.bias else gate
         up = projection.einsum("...D,DF->...F", x, self.w_up[...].astype(dtype))
         up = up + self.b_up[...].astype(dtype) if spec.bias else up
-        out = projection.einsum("...F,FD->...D", activate(spec, gate, up), self.w_down[...].astype(dtype))
+        activated = activate(spec, gate, up)
+        activated = activated if weight is None else (activated * weight).astype(dtype)
+        out = projection.einsum("...F,FD->...D", activated, self.w_down[...].astype(dtype))
         return out + self.b_down[...].astype(dtype) if spec.bias else out
 
 

@@ -18,12 +18,25 @@ from moezoo.core.spec import (
     Mamba2Spec,
     MambaSpec,
     ModelSpec,
-    NGramEmbeddingsSpec,
     NoAttentionSpec,
     ShortConvolutionSpec,
 )
 from moezoo.jax_backend.arrays import DTYPES
 from moezoo.jax_backend.entry_cache import CompressedCache, empty_compressed_cache, rolled
+from moezoo.jax_backend.state_cache import ConvolutionCache as ConvolutionCache
+from moezoo.jax_backend.state_cache import ConvolutionState as ConvolutionState
+from moezoo.jax_backend.state_cache import KeyValueState as KeyValueState
+from moezoo.jax_backend.state_cache import NGramState as NGramState
+from moezoo.jax_backend.state_cache import RecurrentCache as RecurrentCache
+from moezoo.jax_backend.state_cache import ScanCache as ScanCache
+from moezoo.jax_backend.state_cache import StateCache as StateCache
+from moezoo.jax_backend.state_cache import empty_convolution_cache as empty_convolution_cache
+from moezoo.jax_backend.state_cache import empty_convolution_state as empty_convolution_state
+from moezoo.jax_backend.state_cache import empty_key_value_state as empty_key_value_state
+from moezoo.jax_backend.state_cache import empty_ngram_state as empty_ngram_state
+from moezoo.jax_backend.state_cache import empty_recurrent_cache as empty_recurrent_cache
+from moezoo.jax_backend.state_cache import empty_scan_cache as empty_scan_cache
+from moezoo.jax_backend.state_cache import empty_state_cache as empty_state_cache
 
 
 class Attended(NamedTuple):
@@ -83,25 +96,11 @@ class RollingCache(NamedTuple):
         return cache, Source(seen[0], seen[1], slot_S)
 
 
-class ConvolutionState(NamedTuple):
-    """The last inputs of the two convolutions of queries and keys, and delayed values of the last token."""
-
-    query_BSNH: jax.Array
-    key_BSMH: jax.Array
-    filtered_query_BSNH: jax.Array
-    filtered_key_BSMH: jax.Array
-    value_BSZ: jax.Array
-
-    def extend(self, *new: jax.Array) -> "ConvolutionState":
-        """Append T tokens, given in the order of the fields."""
-        return ConvolutionState._make(_latest(before, own) for before, own in zip(self, new, strict=True))
-
-
 class ConvolvedCache(NamedTuple):
-    """Keys and values of convolutional attention, and the state of its convolutions."""
+    """Keys and values behind convolutions, and the state of these."""
 
     kept: KVCache | RollingCache
-    state: ConvolutionState
+    state: ConvolutionState | KeyValueState
 
     @property
     def length(self) -> jax.Array:
@@ -124,64 +123,17 @@ class SharedCache(NamedTuple):
         return SharedCache(self.length + length)
 
 
-class RecurrentCache(NamedTuple):
-    """Recurrent state after `length` tokens, and the last inputs of the convolutions, one fewer than their width."""
+class OutputsCache(NamedTuple):
+    """Cache of a layer's mixer, and the last inputs of the short convolutions of what its blocks return."""
 
-    state_BMGHZ: jax.Array
-    query_BSMH: jax.Array
-    key_BSMH: jax.Array
-    value_BSNZ: jax.Array
-    length: jax.Array
+    mixer: "Cache"
+    attention_BSD: jax.Array | None
+    feed_forward_BSD: jax.Array | None
 
-    def extend(
-        self,
-        state_BMGHZ: jax.Array,
-        query_BTMH: jax.Array,
-        key_BTMH: jax.Array,
-        value_BTNZ: jax.Array,
-    ) -> "RecurrentCache":
-        """Append T tokens, whose state is already computed."""
-        return RecurrentCache(
-            state_BMGHZ,
-            _latest(self.query_BSMH, query_BTMH),
-            _latest(self.key_BSMH, key_BTMH),
-            _latest(self.value_BSNZ, value_BTNZ),
-            self.length + query_BTMH.shape[1],
-        )
-
-
-class StateCache(NamedTuple):
-    """Recurrent state after `length` tokens."""
-
-    state_BMGHZ: jax.Array
-    length: jax.Array
-
-    def extend(self, state_BMGHZ: jax.Array, length: int) -> "StateCache":
-        """Append `length` tokens, whose state is already computed."""
-        return StateCache(state_BMGHZ, self.length + length)
-
-
-class ConvolutionCache(NamedTuple):
-    """Last inputs of a convolution after `length` tokens, one fewer than its width."""
-
-    input_BSZ: jax.Array
-    length: jax.Array
-
-    def extend(self, input_BTZ: jax.Array) -> "ConvolutionCache":
-        """Append T tokens."""
-        return ConvolutionCache(_latest(self.input_BSZ, input_BTZ), self.length + input_BTZ.shape[1])
-
-
-class ScanCache(NamedTuple):
-    """State of each channel after `length` tokens, and the last inputs of a convolution, one fewer than its width."""
-
-    state_BFZ: jax.Array
-    input_BSF: jax.Array
-    length: jax.Array
-
-    def extend(self, state_BFZ: jax.Array, input_BTF: jax.Array) -> "ScanCache":
-        """Append T tokens, whose state is already computed."""
-        return ScanCache(state_BFZ, _latest(self.input_BSF, input_BTF), self.length + input_BTF.shape[1])
+    @property
+    def length(self) -> jax.Array:
+        """Number of filled slots."""
+        return self.mixer.length
 
 
 class LatentCache(NamedTuple):
@@ -212,17 +164,6 @@ class LatentCache(NamedTuple):
         )
 
 
-class NGramState(NamedTuple):
-    """The last tokens of a sequence, one fewer than an n-gram has, and the last inputs of n-gram embeddings."""
-
-    token_BS: jax.Array
-    input_BSJD: jax.Array
-
-    def extend(self, token_BT: jax.Array, input_BTJD: jax.Array) -> "NGramState":
-        """Append T tokens."""
-        return NGramState(_latest(self.token_BS, token_BT), _latest(self.input_BSJD, input_BTJD))
-
-
 class NGramCache(NamedTuple):
     """Cache of a layer with n-gram embeddings: that of its mixer, and theirs."""
 
@@ -247,6 +188,7 @@ Cache = (
     | ScanCache
     | NGramCache
     | CompressedCache
+    | OutputsCache
 )
 
 
@@ -265,6 +207,7 @@ class Caches(NamedTuple):
 STATES = (
     *(RollingCache, ConvolvedCache, RecurrentCache, StateCache, ConvolutionCache, ScanCache, NGramCache),
     CompressedCache,
+    OutputsCache,
 )
 """Caches that cannot be cut back to fewer tokens, since they do not keep all."""
 
@@ -302,10 +245,12 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 value = jnp.zeros((batch, kept, heads, value_dim), dtype)
                 kind = KVCache if reach is None else RollingCache
                 cache = kind(key, value, jnp.zeros((), jnp.int32))
-                if layer.attention.convolution is None:
-                    caches.append(cache)
-                else:
+                if layer.attention.convolution is not None:
                     caches.append(ConvolvedCache(cache, empty_convolution_state(layer.attention, batch, dtype)))
+                elif layer.attention.kv_convolution is not None:
+                    caches.append(ConvolvedCache(cache, empty_key_value_state(layer.attention, batch, dtype)))
+                else:
+                    caches.append(cache)
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, window=int(window)):
                 kept = min(size, window)
                 key = jnp.zeros((batch, kept, 1, rope_head_dim), dtype)
@@ -329,71 +274,13 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 caches.append(empty_convolution_cache(layer.attention, batch, spec.embed_dim, dtype))
             case _:
                 assert_never(layer.attention)
+        if layer.output_convolution is not None:
+            shape = (batch, layer.output_convolution.width - 1, spec.embed_dim)
+            own = [
+                jnp.zeros(shape, dtype) if has_block else None for has_block in (layer.has_mixer, not layer.mixer_only)
+            ]
+            caches[-1] = OutputsCache(caches[-1], *own)
         if layer.ngram_embeddings is not None:
             state = empty_ngram_state(layer.ngram_embeddings, batch, spec.num_streams, spec.embed_dim, dtype)
             caches[-1] = NGramCache(caches[-1], state)
     return caches
-
-
-def empty_recurrent_cache(spec: GatedDeltaAttentionSpec | Mamba2Spec, batch: int, dtype: jnp.dtype) -> RecurrentCache:
-    """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolutions."""
-    match spec:
-        case GatedDeltaAttentionSpec():
-            key_heads, value_heads = spec.num_key_heads, spec.num_value_heads
-            key_dim, value_dim = spec.key_head_dim, spec.value_head_dim
-        case Mamba2Spec():
-            key_heads, value_heads = spec.num_groups, spec.num_heads
-            key_dim, value_dim = spec.state_dim, spec.head_dim
-        case _:
-            assert_never(spec)
-    state = (batch, key_heads, value_heads // key_heads, key_dim, value_dim)
-    keys = (batch, spec.conv_width - 1, key_heads, key_dim)
-    values = (batch, spec.conv_width - 1, value_heads, value_dim)
-    return RecurrentCache(
-        jnp.zeros(state, jnp.float32),
-        jnp.zeros(keys, dtype),
-        jnp.zeros(keys, dtype),
-        jnp.zeros(values, dtype),
-        jnp.zeros((), jnp.int32),
-    )
-
-
-def empty_state_cache(spec: LightningAttentionSpec, batch: int) -> StateCache:
-    """Return the cache before the first token: a float32 state of zeros."""
-    state = (batch, spec.num_heads, 1, spec.head_dim, spec.head_dim)
-    return StateCache(jnp.zeros(state, jnp.float32), jnp.zeros((), jnp.int32))
-
-
-def empty_scan_cache(spec: MambaSpec, batch: int, dtype: jnp.dtype) -> ScanCache:
-    """Return the cache before the first token: a float32 state of zeros, and zeros as inputs of the convolution."""
-    state = jnp.zeros((batch, spec.inner_dim, spec.state_dim), jnp.float32)
-    return ScanCache(state, jnp.zeros((batch, spec.conv_width - 1, spec.inner_dim), dtype), jnp.zeros((), jnp.int32))
-
-
-def empty_convolution_state(spec: GroupedQueryAttentionSpec, batch: int, dtype: jnp.dtype) -> ConvolutionState:
-    """Return the state before the first token, of zeros; the layer must have a convolution."""
-    assert spec.convolution is not None
-    heads = ((spec.num_heads, spec.head_dim), (spec.num_kv_heads, spec.head_dim))
-    widths = (spec.convolution.conv_width - 1, spec.convolution.mix_width - 1)
-    inputs = [jnp.zeros((batch, width, *shape), dtype) for width in widths for shape in heads]
-    return ConvolutionState._make([*inputs, jnp.zeros((batch, 1, spec.num_kv_heads * spec.value_dim // 2), dtype)])
-
-
-def empty_convolution_cache(
-    spec: ShortConvolutionSpec, batch: int, embed_dim: int, dtype: jnp.dtype
-) -> ConvolutionCache:
-    """Return the cache before the first token, with zeros as inputs."""
-    return ConvolutionCache(jnp.zeros((batch, spec.conv_width - 1, embed_dim), dtype), jnp.zeros((), jnp.int32))
-
-
-def empty_ngram_state(
-    spec: NGramEmbeddingsSpec, batch: int, num_streams: int, embed_dim: int, dtype: jnp.dtype
-) -> NGramState:
-    """Return the state before the first token: contexts of the reset token, and zeros as inputs."""
-    token_BS = jnp.full((batch, spec.largest - 1), spec.reset_token, jnp.int32)
-    return NGramState(token_BS, jnp.zeros((batch, spec.reach, num_streams, embed_dim), dtype))
-
-
-def _latest(before: jax.Array, new: jax.Array) -> jax.Array:
-    """Return as many of the last inputs as there are `before` [B, S, ...], of those and T newer ones."""
-    return jnp.concatenate([before, new], axis=1)[:, new.shape[1] :]

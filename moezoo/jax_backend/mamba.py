@@ -7,11 +7,11 @@ from jax import lax
 
 from moezoo.core.spec import MambaSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.convolution import causal_convolution
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, ScanCache, empty_scan_cache
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, positions
-from moezoo.jax_backend.short_convolution import causal_convolution
 
 CHUNK = 32
 """Chunk length in tokens: states of one chunk exist at a time."""

@@ -7,12 +7,12 @@ from flax import nnx
 from moezoo.core.reference.linear_recurrence import FORGETS
 from moezoo.core.spec import Mamba2Spec, RMSNormSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.convolution import causal_convolution
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, RecurrentCache, empty_recurrent_cache
 from moezoo.jax_backend.linear_recurrence import linear_recurrence
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, positions
-from moezoo.jax_backend.short_convolution import causal_convolution
 
 
 class Mamba2(nnx.Module):

@@ -92,16 +92,19 @@ class MoE(nnx.Module):
             record[f"{name}.router.weight"] = routing.weight_PK
             record[f"{name}.routed"] = out_PD
         if self.spec.shared is not None:
-            out_PD = self._with_shared(x_PD, out_PD)
+            out_PD = self._with_shared(x_PD, out_PD, routing.shared_weight_PE)
         if self.spec.output_norm is not None:
             out_PD = self.output_norm(out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
 
-    def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array) -> jax.Array:
+    def _with_shared(self, x_PD: jax.Array, routed_PD: jax.Array, weight_PE: jax.Array | None) -> jax.Array:
         """Spec: moezoo.core.reference.moe.with_shared."""
-        shared_PD = self.shared(x_PD)
+        weight_PF = None
+        if weight_PE is not None:
+            weight_PF = jnp.repeat(weight_PE, self.spec.shared_feed_forward.hidden_dim // self.spec.num_sinks, axis=1)
+        shared_PD = self.shared(x_PD, weight_PF)
         match self.spec.shared:
-            case SharedExpertsSpec(kind="sum"):
+            case SharedExpertsSpec(kind="sum" | "sink"):
                 return routed_PD + shared_PD
             case SharedExpertsSpec(kind="sigmoid_gated"):
                 logit_P = projection.einsum("PD,D->P", x_PD, as_array(self.w_shared_gate[...])[:, 0].astype(x_PD.dtype))

@@ -9,13 +9,13 @@ from flax import nnx
 
 from moezoo.core.spec import NGramEmbeddingsSpec, NormSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.convolution import causal_convolution
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kernels.wide_integers import exclusive_or, product, remainder
 from moezoo.jax_backend.kv_cache import NGramState, empty_ngram_state
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, positions
 from moezoo.jax_backend.quantization import as_array
-from moezoo.jax_backend.short_convolution import causal_convolution
 
 
 class NGramEmbeddings(nnx.Module):

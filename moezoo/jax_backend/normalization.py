@@ -62,6 +62,12 @@ class NormGate(nnx.Module):
         return (x * jax.nn.sigmoid(up.astype(jnp.float32))).astype(x.dtype)
 
 
+def l2_clipped(x: jax.Array, threshold: float) -> jax.Array:
+    """Spec: moezoo.core.reference.normalization.l2_clipped; of float32."""
+    length = jnp.sqrt(jnp.maximum(jnp.sum(jnp.square(x), axis=-1, keepdims=True), 1e-30))
+    return x * jnp.minimum(1.0, threshold / (length + 1e-6))
+
+
 def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm:
     """Spec: moezoo.core.reference.normalization.normalize."""
     match spec:

@@ -10,9 +10,17 @@ from flax import nnx
 from jax import lax
 
 from moezoo.core.reference.positions import frequencies, sinusoidal_frequencies
-from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
+from moezoo.core.spec import (
+    EmbeddingPositionSpec,
+    LearnedPositionsSpec,
+    RelativePositionSpec,
+    RoPESpec,
+    SinusoidalPositionsSpec,
+)
 from moezoo.core.tokens import PADDING
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.kernels import projection
+from moezoo.jax_backend.normalization import l2_clipped
 from moezoo.jax_backend.quantization import take
 
 Layout = Literal["half_split", "interleaved"]
@@ -117,6 +125,46 @@ def _rotated_pairs_backward(
 
 
 _rotated_pairs.defvjp(_rotated_pairs_forward, _rotated_pairs_backward)
+
+
+class Relative(NamedTuple):
+    """Features of relative position logits, one number per profile for each head of each query, and the profiles."""
+
+    feature_BTNZ: jax.Array
+    profile_ZS: jax.Array
+
+
+class RelativePosition(nnx.Module):
+    """Parameters of relative position logits. Spec: moezoo.core.reference.positions.relative_features."""
+
+    def __init__(self, spec: RelativePositionSpec, weights: Weights):
+        self.spec = spec
+        self.w_feature = weights.parameter("w_feature")
+        self.profile = weights.parameter("profile")
+        if spec.l2_clip is not None:
+            self.scale = weights.parameter("scale")
+
+    def __call__(self, x_BTD: jax.Array) -> Relative:
+        """Return the features and the profiles, in float32."""
+        feature = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_feature[...].astype(x_BTD.dtype)).astype(jnp.float32)
+        if self.spec.l2_clip is not None:
+            feature = l2_clipped(feature * self.scale[...].astype(jnp.float32), self.spec.l2_clip)
+        return Relative(feature, self.profile[...].astype(jnp.float32))
+
+
+def relative_bias(
+    relative: Relative | None, position_T: jax.Array, position_S: jax.Array, rows: slice = slice(None)
+) -> jax.Array | None:
+    """Spec: moezoo.core.reference.positions.relative_bias; of these rows of the queries, if there is any."""
+    if relative is None:
+        return None
+    distance_TS = position_T[..., :, None] - position_S[..., None, :]
+    extent = relative.profile_ZS.shape[1]
+    profile = relative.profile_ZS[:, jnp.clip(distance_TS, 0, extent - 1)]
+    profile = jnp.where((distance_TS >= 0) & (distance_TS < extent), profile, 0.0)
+    if profile.ndim == 3:
+        return jnp.einsum("BTNZ,ZTS->BNTS", relative.feature_BTNZ[:, rows], profile)
+    return jnp.einsum("BTNZ,ZBTS->BNTS", relative.feature_BTNZ[:, rows], profile)
 
 
 def positions(

@@ -30,6 +30,7 @@ class Routing(NamedTuple):
     noise_scale_PE: jax.Array | None
     cutoff_E: jax.Array | None
     state_PZ: jax.Array | None
+    shared_weight_PE: jax.Array | None
 
 
 class Router(nnx.Module):
@@ -47,6 +48,11 @@ class Router(nnx.Module):
         self.has_residual = spec.gating_residual and weights.has("w_residual")
         if self.has_residual:
             self.w_residual = weights.parameter("w_residual")
+        self.scores_shared = weights.has("w_shared")
+        if self.scores_shared:
+            self.w_shared = weights.parameter("w_shared")
+        if spec.learned_scale:
+            self.scale = weights.parameter("scale")
         if spec.per_expert_scale:
             self.expert_scale = weights.parameter("expert_scale")
         if spec.selection_bias is not None:
@@ -87,7 +93,8 @@ class Router(nnx.Module):
         if isinstance(spec.choice, ExpertChoiceSpec) and context.inference:
             cutoff_E = average_cutoff(self.cutoff[...].astype(jnp.float32), self.cutoff_weight[...].astype(jnp.float32))
         choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
-        valid_PK, weight_PK = choice.valid_PK, self._combine_weight(choice, logits_PE, score_PE)
+        valid_PK, shared_PE = choice.valid_PK, self._shared_score(x_PD)
+        weight_PK, shared_PE = self._combine_weight(choice, logits_PE, score_PE, shared_PE)
         if context.silenced_PE is not None:
             silenced_PK = jnp.take_along_axis(context.silenced_PE, choice.expert_PK, axis=-1)
             weight_PK = jnp.where(silenced_PK, 0.0, weight_PK)
@@ -105,6 +112,7 @@ class Router(nnx.Module):
             noise_scale_PE,
             choice.cutoff_E,
             state_PZ,
+            shared_PE,
         )
 
     def _router_input(self, x_PD: jax.Array, key: jax.Array | None) -> jax.Array:
@@ -129,7 +137,9 @@ class Router(nnx.Module):
             logits_PE = logits_PE + previous_PE @ self.w_residual[...].astype(jnp.float32)
         return logits_PE
 
-    def _combine_weight(self, choice: Choice, logits_PE: jax.Array, score_PE: jax.Array) -> jax.Array:
+    def _combine_weight(
+        self, choice: Choice, logits_PE: jax.Array, score_PE: jax.Array, shared_PE: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None]:
         spec = self.spec
         if choice.weight_PK is not None:
             weight_PK = choice.weight_PK
@@ -146,10 +156,20 @@ class Router(nnx.Module):
                 case _:
                     assert_never(spec.weight)
         weight_PK = jnp.where(choice.valid_PK, weight_PK, 0.0)
-        weight_PK = _renormalized(spec, weight_PK) * spec.scale
+        divisor_P1 = _divisor(spec, weight_PK, shared_PE)
+        scale = spec.scale * self.scale[...].astype(jnp.float32) if spec.learned_scale else spec.scale
+        weight_PK = weight_PK / divisor_P1 * scale
         if spec.per_expert_scale:
             weight_PK = weight_PK * self.expert_scale[...].astype(jnp.float32)[choice.expert_PK]
-        return weight_PK
+        return weight_PK, None if shared_PE is None else shared_PE / divisor_P1 * scale
+
+    def _shared_score(self, x_PD: jax.Array) -> jax.Array | None:
+        """Spec: moezoo.core.reference.routing._shared_score; None where the router scores no shared experts."""
+        if not self.scores_shared:
+            return None
+        logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_shared[...].astype(x_PD.dtype)).astype(jnp.float32)
+        logits_PE, softcap = logits_PE / self.spec.temperature, self.spec.softcap
+        return score(self.spec, logits_PE if softcap is None else softcap * jnp.tanh(logits_PE / softcap))
 
 
 class RouterMLP(nnx.Module):
@@ -210,16 +230,19 @@ def average_cutoff(cutoff_E: jax.Array, cutoff_weight_1: jax.Array) -> jax.Array
     return cutoff_E / jnp.maximum(cutoff_weight_1, LEAST_WEIGHT)
 
 
-def _renormalized(spec: RouterSpec, weight_PK: jax.Array) -> jax.Array:
+def _divisor(spec: RouterSpec, weight_PK: jax.Array, shared_PE: jax.Array | None) -> jax.Array:
+    """Spec: moezoo.core.reference.routing._divisor."""
     match spec.renormalize:
         case "none":
-            return weight_PK
+            return jnp.ones((len(weight_PK), 1), jnp.float32)
         case "sum":
             divisor_P1 = jnp.sum(weight_PK, axis=-1, keepdims=True)
+            if shared_PE is not None:
+                divisor_P1 = divisor_P1 + jnp.sum(shared_PE, axis=-1, keepdims=True)
         case "p_norm":
             order = spec.renormalize_order
             divisor_P1 = jnp.sum(weight_PK**order, axis=-1, keepdims=True) ** (1 / order)
         case _:
             assert_never(spec.renormalize)
     epsilon = spec.renormalize_epsilon
-    return weight_PK / (jnp.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon)
+    return jnp.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon

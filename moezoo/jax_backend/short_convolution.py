@@ -6,9 +6,10 @@ from flax import nnx
 
 from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.jax_backend.arrays import Weights
+from moezoo.jax_backend.convolution import causal_convolution
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
-from moezoo.jax_backend.positions import Documents, causal_windows, positions
+from moezoo.jax_backend.positions import Documents, positions
 
 
 class ShortConvolution(nnx.Module):
@@ -64,14 +65,3 @@ class ShortConvolution(nnx.Module):
         if self.spec.bias:
             output = output + self.b_output[...].astype(dtype)
         return Attended(output, cache, None, None)
-
-
-def causal_convolution(
-    x: jax.Array, weight: jax.Array, before: jax.Array, documents: Documents | None = None, *, dilation: int = 1
-) -> jax.Array:
-    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after the inputs `before`, in float32."""
-    weight = weight.astype(jnp.float32)
-    inputs = causal_windows(x.astype(jnp.float32), before.astype(jnp.float32), documents)[::dilation]
-    rows = (own * row for own, row in zip(inputs, weight, strict=True))
-    convolved: jax.Array = sum(rows, jnp.float32(0))
-    return convolved

@@ -64,6 +64,8 @@ class Transformer(nnx.Module):
         self.spec = spec
         weights = weights.adapted_by(spec.adapter)
         self.embedding = Embedding(weights.inside("embedding"))
+        if spec.embedding_norm:
+            self.embedding_norm = norm(spec.norm, weights.inside("embedding_norm"))
         if spec.position is not None:
             self.position = EmbeddingPosition(spec.position, spec.embed_dim, weights.inside("position"))
         if spec.layer_inputs is not None:
@@ -155,6 +157,8 @@ class Transformer(nnx.Module):
 
     def _embed(self, tokens_BT: jax.Array, caches: Caches | None, documents: Documents | None) -> jax.Array:
         x_BTD = take(self.embedding.weight[...], tokens_BT).astype(jnp.float32)
+        if self.spec.embedding_norm:
+            x_BTD = self.embedding_norm(x_BTD)
         if self.spec.multipliers.embedding != 1:
             x_BTD = x_BTD * self.spec.multipliers.embedding
         if self.spec.position is not None:

@@ -8,6 +8,7 @@ from mlx import nn
 
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.convolution import ResidualConvolution
 from moezoo.mlx_backend.convolutional_attention import ConvolvedHeads
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.attention import Chunk, attend_chunks, attend_fused, chunk_length
@@ -15,13 +16,23 @@ from moezoo.mlx_backend.kv_cache import (
     Attended,
     ConvolutionState,
     ConvolvedCache,
+    KeyValueState,
     KVCache,
     RollingCache,
     SharedCache,
     Source,
 )
-from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, norm
-from moezoo.mlx_backend.positions import Documents, positions, rotate, same_document, same_side
+from moezoo.mlx_backend.normalization import LayerNorm, RMSNorm, l2_clipped, norm
+from moezoo.mlx_backend.positions import (
+    Documents,
+    Relative,
+    RelativePosition,
+    positions,
+    relative_bias,
+    rotate,
+    same_document,
+    same_side,
+)
 
 
 def attend(
@@ -33,25 +44,35 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_N: mx.array | None = None,
+    bias_BNTS: mx.array | None = None,
 ) -> mx.array:
-    """Spec: moezoo.core.reference.attention.attend; with MLX's fused kernel, which has no softcap.
+    """Spec: moezoo.core.reference.attention.attend; with MLX's fused kernel, if that can.
 
     Without a mask every query attends to all keys.
     """
     dtype, kv_heads = query_BTMGH.dtype, key_BSMH.shape[2]
     scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if scale is None else scale
-    if softcap is None:
+    if softcap is None and bias_BNTS is None and (sink_N is None or sink_N.ndim == 1):
         return attend_fused(query_BTMGH, key_BSMH, value_BSMH, mask_TS, scale, sink_N)
     query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     score = mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) * scale
-    score = softcap * mx.tanh(score / softcap)
+    score = score if softcap is None else softcap * mx.tanh(score / softcap)
+    if bias_BNTS is not None:
+        score = score + bias_BNTS.reshape(score.shape)
     if mask_TS is not None:
         score = mx.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -mx.inf)
     if sink_N is not None:
-        sink_MG11 = sink_N.reshape(kv_heads, -1, 1, 1)
-        score = mx.concatenate([score, mx.broadcast_to(sink_MG11, (*score.shape[:-1], 1))], axis=-1)
+        sink_BMGT1 = mx.broadcast_to(_sink_logits(sink_N, kv_heads), (*score.shape[:-1], 1))
+        score = mx.concatenate([score, sink_BMGT1], axis=-1)
     weight = mx.softmax(score, axis=-1)[..., : key_BSMH.shape[1]]
     return mx.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH).astype(dtype)
+
+
+def _sink_logits(sink: mx.array, kv_heads: int) -> mx.array:
+    """Return sinks [N] or [B, T, N] by group of heads: [B, M, G, T, 1], with B and T of one for the former."""
+    sink_BNT = sink[None, :, None] if sink.ndim == 1 else sink.swapaxes(1, 2)
+    batch, _, length = sink_BNT.shape
+    return sink_BNT.reshape(batch, kv_heads, -1, length, 1)
 
 
 def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.array) -> mx.array:
@@ -67,6 +88,8 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: m
 
 def temperature(spec: TemperatureTuningSpec, position_T: mx.array) -> mx.array:
     """Spec: moezoo.core.reference.attention.temperature; float32."""
+    if spec.form == "log":
+        return 1 + spec.scale * mx.log(mx.maximum((position_T + spec.first) / spec.floor_length, 1.0))
     if spec.form == "power":
         return mx.exp(spec.scale * mx.log1p((position_T + spec.first) / spec.floor_length))
     return 1 + spec.scale * mx.log1p((position_T + spec.first) // spec.floor_length)
@@ -79,6 +102,7 @@ def attend_causally(
     value_BTMH: mx.array,
     sink_N: mx.array | None = None,
     documents: Documents | None = None,
+    relative: Relative | None = None,
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
@@ -98,14 +122,19 @@ def attend_causally(
             mask_TS = mask_TS & same_document(own.document_BT, seen.document_BT)
         chunks.append(Chunk(start, end, first, end, mask_TS))
     scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
+    position = position_T if documents is None else documents.position_BT
 
     def attend_chunk(chunk: Chunk) -> mx.array:
         rows, sources = slice(chunk.start, chunk.end), slice(chunk.first, chunk.last)
         query, key, value = query_BTMGH[:, rows], key_BTMH[:, sources], value_BTMH[:, sources]
-        return attend(query, key, value, chunk.mask_TS, scale=scale, softcap=spec.softcap, sink_N=sink_N)
+        own_sink = sink_N if sink_N is None or sink_N.ndim == 1 else sink_N[:, rows]
+        bias = relative_bias(relative, position[..., rows], position[..., sources], rows)
+        return attend(
+            query, key, value, chunk.mask_TS, scale=scale, softcap=spec.softcap, sink_N=own_sink, bias_BNTS=bias
+        )
 
-    has_softcap = spec.softcap is not None
-    return attend_chunks(attend_chunk, query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, softcap=has_softcap)
+    plain = spec.plain_scores
+    return attend_chunks(attend_chunk, query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, plain=plain)
 
 
 def _mask(
@@ -117,8 +146,13 @@ def _mask(
     """
     if position_T.size == 1 and first_B is None and spec.window is None and spec.chunk is None:
         return None  # one new token, which attends to all slots: without window and chunk the cache does not roll
-    position_S = slot_S if first_B is None else slot_S - first_B[:, None]
+    position_S = _positions_of(slot_S, first_B)
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
+
+
+def _positions_of(slot_S: mx.array, first_B: mx.array | None) -> mx.array:
+    """Return the positions of cache slots: [S], or [B, S] with padding."""
+    return slot_S if first_B is None else slot_S - first_B[:, None]
 
 
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int, documents: Documents | None) -> int:
@@ -166,8 +200,17 @@ class GroupedQueryAttention(nn.Module):
                 self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
         if spec.value_residual and layer > 0:
             self.value_mix = weights.parameter("value_mix")
+        if spec.qk_l2_clip is not None:
+            self.query_scale = weights.parameter("query_scale")
+        if spec.kv_convolution is not None:
+            self.key_convolution = ResidualConvolution(spec.kv_convolution, weights.inside("key_convolution"))
+            self.value_convolution = ResidualConvolution(spec.kv_convolution, weights.inside("value_convolution"))
         if spec.sinks:
             self.sink = weights.parameter("sink")
+        if spec.projected_sinks:
+            self.w_sink = weights.parameter("w_sink")
+        if spec.relative is not None:
+            self.relative = RelativePosition(spec.relative, weights.inside("relative"))
         if spec.gate is not None:
             self.w_gate = weights.parameter("w_gate")
         if spec.gate_bias:
@@ -197,10 +240,9 @@ class GroupedQueryAttention(nn.Module):
         query, key, value, state = self._projected(x_BTD, past, real_BT, documents)
         if isinstance(cache, ConvolvedCache):
             cache = cache._replace(state=state)
-        query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, known_T)
-        if spec.temperature_tuning is not None:
-            temperature_T = temperature(spec.temperature_tuning, mx.maximum(position_T, 0))
-            query = (query * temperature_T[..., None, None]).astype(dtype)
+        scale_NH = None if spec.qk_l2_clip is None else self.query_scale
+        query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, known_T, scale_NH)
+        query = self._tempered(query, position_T)
         if isinstance(cache, SharedCache):
             cache = cache.extend(length)
         elif key is not None and value is not None:
@@ -215,10 +257,10 @@ class GroupedQueryAttention(nn.Module):
             else:
                 cache, source = cache.extend(key, mixed)
         assert source is not None
-        sink_N = self.sink.astype(mx.float32) if spec.sinks else None
+        sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
         if cache is None:
-            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents)
+            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents, relative)
         else:
             attended = attend(
                 grouped,
@@ -228,6 +270,7 @@ class GroupedQueryAttention(nn.Module):
                 scale=spec.scale,
                 softcap=spec.softcap,
                 sink_N=sink_N,
+                bias_BNTS=relative_bias(relative, position_T, _positions_of(source.slot_S, first_B)),
             )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
@@ -235,8 +278,32 @@ class GroupedQueryAttention(nn.Module):
             output = output + self.b_output.astype(dtype)
         return Attended(output, cache, value, None, source if spec.keys_of_layer is None else None)
 
+    def _tempered(self, feature: mx.array, position_T: mx.array) -> mx.array:
+        """Multiply features [B, T, N, H] by the temperature of their position, if there is one."""
+        if self.spec.temperature_tuning is None:
+            return feature
+        temperature_T = temperature(self.spec.temperature_tuning, mx.maximum(position_T, 0))
+        return (feature * temperature_T[..., None, None]).astype(feature.dtype)
+
+    def _sinks(self, x_BTD: mx.array) -> mx.array | None:
+        """Return the sinks in float32: [N], or [B, T, N] where they are a projection; None: there are none."""
+        if self.spec.projected_sinks:
+            return projection.einsum("BTD,DN->BTN", x_BTD, self.w_sink.astype(x_BTD.dtype)).astype(mx.float32)
+        return self.sink.astype(mx.float32) if self.spec.sinks else None
+
+    def _relative(self, x_BTD: mx.array, position_T: mx.array) -> Relative | None:
+        """Return features and profiles of relative position logits, if there are any."""
+        if self.spec.relative is None:
+            return None
+        feature_BTNZ, profile_ZS = self.relative(x_BTD)
+        return Relative(self._tempered(feature_BTNZ, position_T), profile_ZS)
+
     def _projected(
-        self, x_BTD: mx.array, past: ConvolutionState | None, real_BT: mx.array | None, documents: Documents | None
+        self,
+        x_BTD: mx.array,
+        past: ConvolutionState | KeyValueState | None,
+        real_BT: mx.array | None,
+        documents: Documents | None,
     ) -> tuple[mx.array, mx.array | None, mx.array | None, Any]:
         """Spec: moezoo.core.reference.attention._projected; with the state of the convolution, None without one."""
         spec, dtype = self.spec, x_BTD.dtype
@@ -249,13 +316,21 @@ class GroupedQueryAttention(nn.Module):
         if spec.qkv_bias:
             key = key + self.b_key.astype(dtype)
         if spec.convolution is not None:
+            assert not isinstance(past, KeyValueState)
             convolved: tuple[mx.array, mx.array, mx.array, ConvolutionState]
             convolved = self.convolution(x_BTD, query, key, past, real_BT, documents)
             return convolved
         if spec.values_from_keys:
             return query, key, key, None
         value = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_value.astype(dtype))
-        return query, key, value + self.b_value.astype(dtype) if spec.qkv_bias else value, None
+        value = value + self.b_value.astype(dtype) if spec.qkv_bias else value
+        if spec.kv_convolution is None:
+            return query, key, value, None
+        inputs = past if isinstance(past, KeyValueState) else KeyValueState(None, None)
+        options: dict[str, Any] = {"real_BT": real_BT, "documents": documents}
+        key, of_key = self.key_convolution(key, x_BTD, inputs.key_BSMH, **options)
+        value, of_value = self.value_convolution(value, x_BTD, inputs.value_BSMH, **options)
+        return query, key, value, KeyValueState(of_key, of_value)
 
     def _keys_and_values(
         self, key: mx.array, value: mx.array, position_T: mx.array | range
@@ -272,11 +347,21 @@ class GroupedQueryAttention(nn.Module):
             key = (key * self.key_temperature.astype(mx.float32)[:, None]).astype(dtype)
         return key, value
 
-    def _rotated(self, x: mx.array, norm: RMSNorm | LayerNorm | None, position_T: mx.array | range) -> mx.array:
-        """Normalize, clip and rotate queries or keys."""
+    def _rotated(
+        self,
+        x: mx.array,
+        norm: RMSNorm | LayerNorm | None,
+        position_T: mx.array | range,
+        scale_NH: mx.array | None = None,
+    ) -> mx.array:
+        """Normalize, clip and rotate queries or keys; a scale multiplies queries before an L2 clip."""
         spec = self.spec
         if norm is not None and not spec.qk_norm_after_rotation:
             x = norm(x)
+        if spec.qk_l2_clip is not None:
+            dtype, x = x.dtype, x.astype(mx.float32)
+            x = x if scale_NH is None else x * scale_NH.astype(mx.float32)
+            x = l2_clipped(x, spec.qk_l2_clip).astype(dtype)
         x = self._clipped(x)
         match spec.position:
             case RoPESpec():

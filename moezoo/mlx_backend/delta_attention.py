@@ -8,13 +8,13 @@ from mlx import nn
 from moezoo.core.reference.linear_recurrence import FORGETS
 from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.convolution import causal_convolution
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, RecurrentCache, empty_recurrent_cache
 from moezoo.mlx_backend.linear_recurrence import decays, in_chunks
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, positions
 from moezoo.mlx_backend.runtime.typed import custom_function
-from moezoo.mlx_backend.short_convolution import causal_convolution
 
 CHUNK = 32
 """Chunk length in tokens: half as long makes products small, twice as long makes triangular systems large."""

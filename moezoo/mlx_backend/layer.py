@@ -12,15 +12,25 @@ from moezoo.core.spec import BlockFactorsSpec, LayerSpec, ModelSpec, NoAttention
 from moezoo.mlx_backend.adapter import keyed
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.choice import NO_CONTEXT, RoutingContext
+from moezoo.mlx_backend.convolution import ResidualConvolution
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.feed_forward import FeedForward
-from moezoo.mlx_backend.kv_cache import Attended, Cache, Caches, NGramCache, NGramState, Shared, SharedCache
+from moezoo.mlx_backend.kv_cache import (
+    Attended,
+    Cache,
+    Caches,
+    NGramCache,
+    NGramState,
+    OutputsCache,
+    Shared,
+    SharedCache,
+)
 from moezoo.mlx_backend.layer_inputs import LayerInput
 from moezoo.mlx_backend.mixer import mix, mixer
 from moezoo.mlx_backend.moe import Exchange, MoE
 from moezoo.mlx_backend.ngram_embeddings import NGramEmbeddings
 from moezoo.mlx_backend.normalization import NormGate, norm
-from moezoo.mlx_backend.positions import Documents
+from moezoo.mlx_backend.positions import Documents, positions
 from moezoo.mlx_backend.random import fold_in, uniform
 from moezoo.mlx_backend.residual import Connection, Streams, residual
 from moezoo.mlx_backend.routing import Routing
@@ -110,6 +120,14 @@ class Layer(nn.Module):
             self.feed_forward_output_norm = norm(model.norm, weights.inside("feed_forward_output_norm"))
         if spec.feed_forward is not None:
             self.feed_forward = FeedForward(spec.feed_forward, weights.inside("feed_forward"))
+        if spec.feed_forward_scale:
+            self.feed_forward_scale = weights.parameter("feed_forward_scale")
+        if spec.output_convolution is not None and spec.has_mixer:
+            own = weights.inside("attention_convolution")
+            self.attention_convolution = ResidualConvolution(spec.output_convolution, own)
+        if spec.output_convolution is not None and not spec.mixer_only:
+            own = weights.inside("feed_forward_convolution")
+            self.feed_forward_convolution = ResidualConvolution(spec.output_convolution, own)
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
         if model.layer_inputs is not None:
@@ -130,22 +148,24 @@ class Layer(nn.Module):
         key = None if inputs.key is None else fold_in(inputs.key, index)
         connection: Connection
         streams, ngrams = self._with_ngrams(state.streams, inputs, key, index)
+        before = self._output_state(inputs, index)
         if self.spec.has_mixer:
             streams = self.attention_stream(streams)
             x_BTD, connection = self.attention_residual.read(streams, 2 * index)
             seen_BTD = self.attention_input(x_BTD)
             attended = self._attend(seen_BTD, state, inputs, key, index, sources)
             record[f"{name}.attention"] = attended.out_BTD
-            out = self._added(self.attention_output(attended.out_BTD), key, ATTENTION_DROPOUT)
+            out, of_attention = self._convolved("attention", attended.out_BTD, before[0], inputs)
+            out = self._added(self.attention_output(out), key, ATTENTION_DROPOUT)
             streams, out = _weighted(self.spec.attention_factors, streams, out)
             streams = self.attention_residual.write(streams, connection, out, 2 * index)
         else:
-            attended = self._attend(streams, state, inputs, key, index, sources)
+            of_attention, attended = None, self._attend(streams, state, inputs, key, index, sources)
         if not self.spec.mixer_only:
             streams = self.feed_forward_stream(streams)
             x_BTD, connection = self.feed_forward_residual.read(streams, 2 * index + 1)
             seen_BTD = seen_BTD if self.spec.norm_placement == "parallel" else self.feed_forward_input(x_BTD)
-        routing = dispatched = None
+        routing = dispatched = of_feed_forward = None
         if self.spec.moe is not None:
             context = inputs.routing_context(index, state, key)
             out, routing, dispatched = self._block("moe", inputs, key)(
@@ -154,9 +174,10 @@ class Layer(nn.Module):
             record[f"{name}.moe"] = out
         shortcut_BTD = self._added(out, key, SHORTCUT_DROPOUT) if self.spec.shortcut else None
         if self.spec.feed_forward is not None:
-            out = self._block("feed_forward", inputs, key)(seen_BTD)
+            out = self._dense(seen_BTD, inputs, key)
             record[f"{name}.feed_forward"] = out
         if not self.spec.mixer_only:
+            out, of_feed_forward = self._convolved("feed_forward", out, before[1], inputs)
             out = self._added(self.feed_forward_output(out), key, FEED_FORWARD_DROPOUT)
             streams, out = _weighted(self.spec.feed_forward_factors, streams, out)
             streams = self.feed_forward_residual.write(streams, connection, out, 2 * index + 1)
@@ -170,9 +191,7 @@ class Layer(nn.Module):
         first_value_BTMH = attended.value_BTMH if state.first_value_BTMH is None else state.first_value_BTMH
         previous = (state.previous_PE, state.previous_PZ) if routing is None else (routing.logits_PE, routing.state_PZ)
         state = ResidualState(streams, shortcut_BTD, first_value_BTMH, *previous)
-        cache = attended.cache
-        if cache is not None and ngrams is not None:
-            cache = NGramCache(cache, ngrams)
+        cache = self._with_states(attended.cache, of_attention, of_feed_forward, ngrams)
         return state, LayerOutput(routing, dispatched, cache, attended.index_loss, attended.source)
 
     def _with_ngrams(
@@ -195,6 +214,48 @@ class Layer(nn.Module):
             inputs.record[f"layers.{index}.ngram_embeddings"] = out
         return streams + out, state
 
+    def _dense(self, x_BTD: mx.array, inputs: StepInputs, key: mx.array | None) -> mx.array:
+        """Dense feed-forward, times its learned scale if there is one."""
+        out: mx.array = self._block("feed_forward", inputs, key)(x_BTD)
+        if not self.spec.feed_forward_scale:
+            return out
+        return (out * self.feed_forward_scale.astype(mx.float32)).astype(out.dtype)
+
+    def _with_states(
+        self,
+        cache: Cache | None,
+        of_attention: mx.array | None,
+        of_feed_forward: mx.array | None,
+        ngrams: NGramState | None,
+    ) -> Cache | None:
+        """Return the mixer's cache with what else the layer keeps."""
+        if self.spec.output_convolution is not None and cache is not None:
+            cache = OutputsCache(cache, of_attention, of_feed_forward)
+        return cache if cache is None or ngrams is None else NGramCache(cache, ngrams)
+
+    def _output_state(self, inputs: StepInputs, index: int) -> tuple[mx.array | None, mx.array | None]:
+        """Return the last inputs of the short convolutions of what the two blocks return, where there are any."""
+        if inputs.caches is None or self.spec.output_convolution is None:
+            return None, None
+        cache = inputs.caches.layers[index]
+        cache = cache.mixer if isinstance(cache, NGramCache) else cache
+        assert isinstance(cache, OutputsCache)
+        return cache.attention_BSD, cache.feed_forward_BSD
+
+    def _convolved(
+        self, block: str, out_BTD: mx.array, before_BSD: mx.array | None, inputs: StepInputs
+    ) -> tuple[mx.array, mx.array | None]:
+        """Short convolution of a block's output, if there is one, and its last inputs."""
+        if self.spec.output_convolution is None:
+            return out_BTD, None
+        convolution = self.attention_convolution if block == "attention" else self.feed_forward_convolution
+        real_BT = None
+        if inputs.caches is not None and inputs.caches.first_B is not None:
+            real_BT = positions(out_BTD.shape[1], inputs.caches.places, inputs.caches.first_B) >= 0
+        convolved: tuple[mx.array, mx.array]
+        convolved = convolution(out_BTD, before=before_BSD, real_BT=real_BT, documents=inputs.documents)
+        return convolved
+
     def _attend(
         self,
         x_BTD: mx.array,
@@ -210,6 +271,7 @@ class Layer(nn.Module):
             cache = cache.mixer if isinstance(cache, NGramCache) else cache
             if inputs.caches.spent:
                 inputs.caches.layers[index] = SharedCache(inputs.caches.places)
+        cache = cache.mixer if isinstance(cache, OutputsCache) else cache
         spec = self.spec.attention
         if isinstance(spec, NoAttentionSpec):
             assert isinstance(cache, SharedCache | None)

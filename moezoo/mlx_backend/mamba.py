@@ -5,11 +5,11 @@ from mlx import nn
 
 from moezoo.core.spec import MambaSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.convolution import causal_convolution
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, ScanCache, empty_scan_cache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, positions
-from moezoo.mlx_backend.short_convolution import causal_convolution
 
 CHUNK = 32
 """Chunk length in tokens: states of one chunk exist at a time."""

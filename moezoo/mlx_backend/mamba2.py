@@ -6,12 +6,12 @@ from mlx import nn
 from moezoo.core.reference.linear_recurrence import FORGETS
 from moezoo.core.spec import Mamba2Spec, RMSNormSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.convolution import causal_convolution
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, RecurrentCache, empty_recurrent_cache
 from moezoo.mlx_backend.linear_recurrence import linear_recurrence
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, positions
-from moezoo.mlx_backend.short_convolution import causal_convolution
 
 
 class Mamba2(nn.Module):

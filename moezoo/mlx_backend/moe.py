@@ -105,16 +105,19 @@ class MoE(nn.Module):
             record[f"{name}.router.weight"] = routing.weight_PK
             record[f"{name}.routed"] = out_PD
         if self.spec.shared is not None:
-            out_PD = self._with_shared(x_PD, out_PD)
+            out_PD = self._with_shared(x_PD, out_PD, routing.shared_weight_PE)
         if self.spec.output_norm is not None:
             out_PD = self.output_norm(out_PD)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
 
-    def _with_shared(self, x_PD: mx.array, routed_PD: mx.array) -> mx.array:
+    def _with_shared(self, x_PD: mx.array, routed_PD: mx.array, weight_PE: mx.array | None) -> mx.array:
         """Spec: moezoo.core.reference.moe.with_shared."""
-        shared_PD = self.shared(x_PD)
+        weight_PF = None
+        if weight_PE is not None:
+            weight_PF = mx.repeat(weight_PE, self.spec.shared_feed_forward.hidden_dim // self.spec.num_sinks, axis=1)
+        shared_PD = self.shared(x_PD, weight_PF)
         match self.spec.shared:
-            case SharedExpertsSpec(kind="sum"):
+            case SharedExpertsSpec(kind="sum" | "sink"):
                 return routed_PD + shared_PD
             case SharedExpertsSpec(kind="sigmoid_gated"):
                 logit_P = mx.einsum("PD,D->P", x_PD, as_array(self.w_shared_gate)[:, 0].astype(x_PD.dtype))

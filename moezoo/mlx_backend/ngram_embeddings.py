@@ -8,12 +8,12 @@ from mlx import nn
 
 from moezoo.core.spec import NGramEmbeddingsSpec, NormSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.convolution import causal_convolution
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import NGramState, empty_ngram_state
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, positions
 from moezoo.mlx_backend.quantization import as_array
-from moezoo.mlx_backend.short_convolution import causal_convolution
 
 
 class NGramEmbeddings(nn.Module):

@@ -74,6 +74,12 @@ class NormGate(nn.Module):
         return (x * mx.sigmoid(up.astype(mx.float32))).astype(x.dtype)
 
 
+def l2_clipped(x: mx.array, threshold: float) -> mx.array:
+    """Spec: moezoo.core.reference.normalization.l2_clipped; of float32."""
+    length = mx.sqrt(mx.maximum(mx.sum(mx.square(x), axis=-1, keepdims=True), 1e-30))
+    return x * mx.minimum(1.0, threshold / (length + 1e-6))
+
+
 def norm(spec: NormSpec, weights: Weights, axes: int = 1) -> RMSNorm | LayerNorm:
     """Spec: moezoo.core.reference.normalization.normalize."""
     match spec:

@@ -8,11 +8,19 @@ import numpy as np
 from mlx import nn
 
 from moezoo.core.reference.positions import frequencies, sinusoidal_frequencies
-from moezoo.core.spec import EmbeddingPositionSpec, LearnedPositionsSpec, RoPESpec, SinusoidalPositionsSpec
+from moezoo.core.spec import (
+    EmbeddingPositionSpec,
+    LearnedPositionsSpec,
+    RelativePositionSpec,
+    RoPESpec,
+    SinusoidalPositionsSpec,
+)
 from moezoo.core.tokens import PADDING
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.distributed.data_parallel import average
+from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.rotation import turning_matrix, turns_by_matrix
+from moezoo.mlx_backend.normalization import l2_clipped
 from moezoo.mlx_backend.quantization import take
 
 
@@ -120,6 +128,47 @@ def _cosine_and_sine(spec: RoPESpec, head_dim: int, position_T: range) -> tuple[
 @functools.lru_cache(maxsize=64)
 def _matrix(spec: RoPESpec, head_dim: int, position: int) -> mx.array:
     return mx.array(turning_matrix(spec, head_dim, position)[None, None])
+
+
+class Relative(NamedTuple):
+    """Features of relative position logits, one number per profile for each head of each query, and the profiles."""
+
+    feature_BTNZ: mx.array
+    profile_ZS: mx.array
+
+
+class RelativePosition(nn.Module):
+    """Parameters of relative position logits. Spec: moezoo.core.reference.positions.relative_features."""
+
+    def __init__(self, spec: RelativePositionSpec, weights: Weights):
+        super().__init__()
+        self.spec = spec
+        self.w_feature = weights.parameter("w_feature")
+        self.profile = weights.parameter("profile")
+        if spec.l2_clip is not None:
+            self.scale = weights.parameter("scale")
+
+    def __call__(self, x_BTD: mx.array) -> Relative:
+        """Return the features and the profiles, in float32."""
+        feature = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_feature.astype(x_BTD.dtype)).astype(mx.float32)
+        if self.spec.l2_clip is not None:
+            feature = l2_clipped(feature * self.scale.astype(mx.float32), self.spec.l2_clip)
+        return Relative(feature, self.profile.astype(mx.float32))
+
+
+def relative_bias(
+    relative: Relative | None, position_T: mx.array, position_S: mx.array, rows: slice = slice(None)
+) -> mx.array | None:
+    """Spec: moezoo.core.reference.positions.relative_bias; of these rows of the queries, if there is any."""
+    if relative is None:
+        return None
+    distance_TS = position_T[..., :, None] - position_S[..., None, :]
+    extent = relative.profile_ZS.shape[1]
+    profile = relative.profile_ZS[:, mx.clip(distance_TS, 0, extent - 1)]
+    profile = mx.where((distance_TS >= 0) & (distance_TS < extent), profile, 0.0)
+    if profile.ndim == 3:
+        return mx.einsum("BTNZ,ZTS->BNTS", relative.feature_BTNZ[:, rows], profile)
+    return mx.einsum("BTNZ,ZBTS->BNTS", relative.feature_BTNZ[:, rows], profile)
 
 
 def positions(

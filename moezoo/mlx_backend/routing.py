@@ -38,6 +38,7 @@ class Routing(NamedTuple):
     noise_scale_PE: mx.array | None
     cutoff_E: mx.array | None
     state_PZ: mx.array | None
+    shared_weight_PE: mx.array | None
 
 
 class Router(nn.Module):
@@ -56,6 +57,11 @@ class Router(nn.Module):
         self.has_residual = spec.gating_residual and weights.has("w_residual")
         if self.has_residual:
             self.w_residual = weights.parameter("w_residual")
+        self.scores_shared = weights.has("w_shared")
+        if self.scores_shared:
+            self.w_shared = weights.parameter("w_shared")
+        if spec.learned_scale:
+            self.scale = weights.parameter("scale")
         if spec.per_expert_scale:
             self.expert_scale = weights.parameter("expert_scale")
         if spec.selection_bias is not None:
@@ -100,7 +106,8 @@ class Router(nn.Module):
             cutoff_E = average_cutoff(self.cutoff.astype(mx.float32), self.cutoff_weight.astype(mx.float32))
         choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
         every_slot, valid_PK = _uses_every_slot(spec, context), choice.valid_PK
-        weight_PK = self._combine_weight(choice, logits_PE, score_PE, every_slot=every_slot)
+        shared_PE = self._shared_score(x_PD)
+        weight_PK, shared_PE = self._combine_weight(choice, logits_PE, score_PE, shared_PE, every_slot=every_slot)
         if context.silenced_PE is not None:
             silenced_PK = mx.take_along_axis(context.silenced_PE, choice.expert_PK, axis=-1)
             weight_PK = mx.where(silenced_PK, 0.0, weight_PK)
@@ -118,6 +125,7 @@ class Router(nn.Module):
             noise_scale_PE,
             choice.cutoff_E,
             state_PZ,
+            shared_PE,
         )
 
     def _router_input(self, x_PD: mx.array, key: mx.array | None) -> mx.array:
@@ -142,7 +150,15 @@ class Router(nn.Module):
             logits_PE = logits_PE + previous_PE @ as_array(self.w_residual).astype(mx.float32)
         return logits_PE
 
-    def _combine_weight(self, choice: Choice, logits_PE: mx.array, score_PE: mx.array, *, every_slot: bool) -> mx.array:
+    def _combine_weight(
+        self,
+        choice: Choice,
+        logits_PE: mx.array,
+        score_PE: mx.array,
+        shared_PE: mx.array | None,
+        *,
+        every_slot: bool,
+    ) -> tuple[mx.array, mx.array | None]:
         spec = self.spec
         if choice.weight_PK is not None:
             weight_PK = choice.weight_PK
@@ -160,12 +176,25 @@ class Router(nn.Module):
                 case _:
                     assert_never(spec.weight)
         weight_PK = weight_PK if every_slot else mx.where(choice.valid_PK, weight_PK, 0.0)
-        weight_PK = _renormalized(spec, weight_PK)
-        if spec.scale != 1:
-            weight_PK = weight_PK * spec.scale
+        if spec.renormalize != "none":
+            divisor_P1 = _divisor(spec, weight_PK, shared_PE)
+            weight_PK = weight_PK / divisor_P1
+            shared_PE = None if shared_PE is None else shared_PE / divisor_P1
+        scale = spec.scale * self.scale.astype(mx.float32) if spec.learned_scale else spec.scale
+        if spec.scale != 1 or spec.learned_scale:
+            weight_PK = weight_PK * scale
+            shared_PE = None if shared_PE is None else shared_PE * scale
         if spec.per_expert_scale:
             weight_PK = weight_PK * self.expert_scale.astype(mx.float32)[choice.expert_PK]
-        return weight_PK
+        return weight_PK, shared_PE
+
+    def _shared_score(self, x_PD: mx.array) -> mx.array | None:
+        """Spec: moezoo.core.reference.routing._shared_score; None where the router scores no shared experts."""
+        if not self.scores_shared:
+            return None
+        logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_shared.astype(x_PD.dtype)).astype(mx.float32)
+        logits_PE, softcap = logits_PE / self.spec.temperature, self.spec.softcap
+        return score(self.spec, logits_PE if softcap is None else softcap * mx.tanh(logits_PE / softcap))
 
 
 class RouterMLP(nn.Module):
@@ -231,16 +260,19 @@ def average_cutoff(cutoff_E: mx.array, cutoff_weight_1: mx.array) -> mx.array:
     return cutoff_E / mx.maximum(cutoff_weight_1, LEAST_WEIGHT)
 
 
-def _renormalized(spec: RouterSpec, weight_PK: mx.array) -> mx.array:
+def _divisor(spec: RouterSpec, weight_PK: mx.array, shared_PE: mx.array | None) -> mx.array:
+    """Spec: moezoo.core.reference.routing._divisor."""
     match spec.renormalize:
         case "none":
-            return weight_PK
+            return mx.ones((len(weight_PK), 1), mx.float32)
         case "sum":
             divisor_P1 = mx.sum(weight_PK, axis=-1, keepdims=True)
+            if shared_PE is not None:
+                divisor_P1 = divisor_P1 + mx.sum(shared_PE, axis=-1, keepdims=True)
         case "p_norm":
             order = spec.renormalize_order
             divisor_P1 = mx.sum(weight_PK**order, axis=-1, keepdims=True) ** (1 / order)
         case _:
             assert_never(spec.renormalize)
     epsilon = spec.renormalize_epsilon
-    return weight_PK / (mx.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon)
+    return mx.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon

@@ -5,10 +5,10 @@ from mlx import nn
 
 from moezoo.core.spec import ShortConvolutionSpec
 from moezoo.mlx_backend.arrays import Weights
+from moezoo.mlx_backend.convolution import causal_convolution
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, ConvolutionCache, empty_convolution_cache
-from moezoo.mlx_backend.positions import Documents, causal_windows, positions
-from moezoo.mlx_backend.quantization import as_array
+from moezoo.mlx_backend.positions import Documents, positions
 
 
 class ShortConvolution(nn.Module):
@@ -65,13 +65,3 @@ class ShortConvolution(nn.Module):
         if self.spec.bias:
             output = output + self.b_output.astype(dtype)
         return Attended(output, cache, None, None)
-
-
-def causal_convolution(
-    x: mx.array, weight: mx.array, before: mx.array, documents: Documents | None = None, *, dilation: int = 1
-) -> mx.array:
-    """Spec: moezoo.core.reference.short_convolution.causal_convolution; after the inputs `before`, in float32."""
-    weight = as_array(weight).astype(mx.float32)
-    inputs = causal_windows(x.astype(mx.float32), before.astype(mx.float32), documents)[::dilation]
-    rows = (own * row for own, row in zip(inputs, weight, strict=True))
-    return sum(rows, mx.array(0.0))

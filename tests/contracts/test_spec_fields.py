@@ -84,6 +84,7 @@ def test_backends_read_every_field_that_is_about_computing():
     only_core = {
         "activation",
         "group",
+        "extent",
         "max_length",
         "repeat",
         "layers",

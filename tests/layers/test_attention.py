@@ -14,6 +14,8 @@ from moezoo.core.spec import (
     LayerSpec,
     ModelSpec,
     NoPositionSpec,
+    RelativePositionSpec,
+    ResidualConvolutionSpec,
     RMSNormSpec,
     TemperatureTuningSpec,
 )
@@ -85,6 +87,22 @@ SPECS = {
         temperature_tuning=TemperatureTuningSpec(form="power", floor_length=2, scale=0.7),
     ),
 }
+SPECS |= {
+    "relative positions and residual convolutions": grouped(
+        position=NoPositionSpec(),
+        relative=RelativePositionSpec(dim=3, extent=3),
+        kv_convolution=ResidualConvolutionSpec(width=3),
+        temperature_tuning=TemperatureTuningSpec(form="log", floor_length=2, scale=0.5),
+    ),
+    "clipped relative positions, projected sinks, dynamic convolutions": grouped(
+        value_head_dim=5,
+        qk_l2_clip=1.5,
+        relative=RelativePositionSpec(dim=3, extent=2, l2_clip=0.7),
+        projected_sinks=True,
+        kv_convolution=ResidualConvolutionSpec(width=3, dynamic=True, unit_variance=True),
+        window=4,
+    ),
+}
 VALUE_RESIDUAL = grouped(value_residual=True, qkv_bias=True)
 
 
@@ -150,7 +168,10 @@ def test_value_residual_matches_the_reference(twin):
     assert_close(twin.numpy(own), expected, FLOAT32)
 
 
-@pytest.mark.parametrize("limit", [{}, {"window": 40}, {"chunk": 50}])
+BIASED = {"relative": RelativePositionSpec(dim=3, extent=70), "projected_sinks": True, "window": 90}
+
+
+@pytest.mark.parametrize("limit", [{}, {"window": 40}, {"chunk": 50}, BIASED])
 def test_sequences_of_several_chunks_match_the_reference(twin, limit):
     """130 tokens: on the CPU, queries come in chunks of 64, and with a window or chunks they do not read all keys."""
     spec = grouped(**limit)
@@ -371,6 +392,22 @@ def test_queries_keep_their_temperature_until_the_floor_length():
 def test_a_temperature_as_a_power_has_no_steps():
     spec = TemperatureTuningSpec(form="power", floor_length=2048, scale=0.1)
     assert_close(temperature(spec, np.array([0, 2047, 6143])), [(2049 / 2048) ** 0.1, 2**0.1, 4**0.1], FLOAT64)
+
+
+def test_a_temperature_as_a_logarithm_is_one_up_to_its_floor():
+    spec = TemperatureTuningSpec(form="log", floor_length=8, scale=0.5)
+    assert_close(temperature(spec, np.array([0, 7, 15])), [1, 1, 1 + 0.5 * math.log(2)], FLOAT64)
+
+
+def test_relative_logits_depend_on_the_distance_alone_and_end_with_their_extent(twin):
+    """All profiles are one number per distance, and no score has anything else: weights are their exponentials."""
+    spec = grouped(num_kv_heads=N, position=NoPositionSpec(), relative=RelativePositionSpec(dim=1, extent=2))
+    values = values_of(spec) | {"relative.profile": np.log([[1.0, 3.0]])}
+    values |= {"w_query": 0 * values["w_query"], "relative.w_feature": np.full((D, N, 1), 1 / D)}
+    x_BTD = X_BTD + 1 - np.mean(X_BTD, axis=-1, keepdims=True)
+    weight_TS = np.array([[1, 0, 0], [3, 1, 0], [1, 3, 1]]) / np.array([[1], [4], [5]])
+    expected = np.einsum("TS,BSD,DNH,NHE->BTE", weight_TS, x_BTD[:, :3], values["w_value"], values["w_output"])
+    assert_close(output(twin, spec, x_BTD[:, :3], values), expected, FLOAT32)
 
 
 def test_softcap_bounds_the_ratio_of_attention_weights(twin):

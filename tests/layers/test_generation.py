@@ -29,9 +29,10 @@ KINDS = (
         "sinks",
         "layer_inputs",
     ),
+    *("relative_positions", "dynamic_convolution"),
 )
 # Each compiles four programs on JAX: the gate's are one of each kind of cache.
-ON_JAX = ("sliding_window", "sparse_attention", "short_convolution", "learned_positions", "shared_keys")
+ON_JAX = ("sliding_window", "sparse_attention", "relative_positions", "learned_positions", "shared_keys")
 PIECES_ON_JAX = ("sliding_window", "delta_attention")
 LENGTHS = (3, 11, 1, 6)
 GREEDY = SamplingOptions(temperature=0)
@@ -100,7 +101,7 @@ def test_sampled_text_is_what_the_reference_draws_of_the_whole_pass(twin):
 @on_each_backend(
     [
         *("top_k", "sliding_window", "gated_delta", "delta_attention", "convolutional_attention"),
-        "compressed_attention",
+        *("compressed_attention", "dynamic_convolution"),
     ],
     PIECES_ON_JAX,
 )

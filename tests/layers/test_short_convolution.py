@@ -4,7 +4,8 @@ import pytest
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.initialize import initial_weights
-from moezoo.core.reference.short_convolution import causal_convolution, short_convolution
+from moezoo.core.reference.convolution import causal_convolution
+from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.reference.transformer import forward
 from moezoo.core.spec import (
     GatedFeedForwardSpec,
@@ -80,7 +81,7 @@ def test_a_token_depends_on_itself_and_earlier_tokens_of_the_filter(twin):
     expected[:, WIDTH - 1 :] += 2 * X_BTD[:, : 1 - WIDTH]
     assert_close(causal_convolution(X_BTD, weight), expected, FLOAT64)
     before = np.zeros((B, WIDTH - 1, D))
-    function = twin.module("short_convolution").causal_convolution
+    function = twin.module("convolution").causal_convolution
     assert_close(twin.numpy(function(*map(twin.array, (X_BTD, weight, before)))), expected, FLOAT32)
 
 

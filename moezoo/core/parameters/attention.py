@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import assert_never
 
+from moezoo.core.parameters.convolution import residual_convolution_rows
 from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
 from moezoo.core.parameters.state_space import filters, lightning_rows, mamba2_rows, mamba_rows
 from moezoo.core.spec import (
@@ -70,12 +71,26 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
                 yield from rows.norm(f"{name}.{which}_norm", spec.qk_norm, (heads, h), (axis, "head_dim"))
     if spec.key_temperature:
         yield rows.vector(f"{name}.key_temperature", (m,), ("kv_head",), "attention", ONES)
+    if spec.qk_l2_clip is not None:
+        yield rows.vector(f"{name}.query_scale", (n, h), ("head", "head_dim"), "attention", ONES)
+    if spec.kv_convolution is not None:
+        for which, width in (("key", h), ("value", z)):
+            own = f"{name}.{which}_convolution"
+            yield from residual_convolution_rows(rows, own, spec.kv_convolution, (m, width), ("kv_head", "head_dim"))
     if spec.value_norm is not None:
         yield from rows.norm(f"{name}.value_norm", spec.value_norm, (z,), ("head_dim",))
     if spec.value_residual and layer > 0:
         yield rows.vector(f"{name}.value_mix", (1,), ("one",), "attention", Initializer("constant", value=0.5))
     if spec.sinks:
         yield rows.vector(f"{name}.sink", (n,), ("head",), "attention")
+    if spec.projected_sinks:
+        yield rows.matrix(f"{name}.w_sink", (d, n), ("embed", "head"), "attention")
+    if spec.relative is not None:
+        r, x, own = spec.relative.dim, spec.relative.extent, f"{name}.relative"
+        yield rows.matrix(f"{own}.w_feature", (d, n, r), ("embed", "head", "head_dim"), "attention")
+        if spec.relative.l2_clip is not None:
+            yield rows.vector(f"{own}.scale", (n, r), ("head", "head_dim"), "attention", ONES)
+        yield rows.vector(f"{own}.profile", (r, x), ("head_dim", "source"), "attention", rows.matrix_initializer)
     if spec.gate == "headwise":
         yield rows.matrix(f"{name}.w_gate", (d, n), ("embed", "head"), "attention")
     if spec.gate == "elementwise":

@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from moezoo.core.parameters.adapter import with_factors
 from moezoo.core.parameters.attention import attention_rows
+from moezoo.core.parameters.convolution import residual_convolution_rows
 from moezoo.core.parameters.feed_forward import feed_forward_rows
 from moezoo.core.parameters.moe import moe_rows
 from moezoo.core.parameters.ngram_embeddings import ngram_embedding_rows
@@ -25,6 +26,8 @@ def parameter_table(spec: ModelSpec) -> tuple[Parameter, ...]:
 def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
     d, v = spec.embed_dim, spec.vocab
     yield rows.matrix("embedding.weight", (v, d), ("vocab", "embed"), "embeddings")
+    if spec.embedding_norm:
+        yield from rows.norm("embedding_norm", spec.norm, (d,), ("embed",))
     if isinstance(spec.position, LearnedPositionsSpec):
         yield rows.matrix("position.weight", (spec.position.max_length, d), ("length", "embed"), "embeddings")
     if spec.layer_inputs is not None:
@@ -64,6 +67,9 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
             yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
         yield from _norm_gate(rows, f"{name}.attention_norm_gate", layer.attention_norm_gate)
     yield from attention_rows(rows, f"{name}.attention", layer.attention, index)
+    convolution = layer.output_convolution
+    if convolution is not None and layer.has_mixer:
+        yield from residual_convolution_rows(rows, f"{name}.attention_convolution", convolution, shape, axes)
     if layer.norm_placement == "sandwich" and layer.has_mixer:
         yield from rows.norm(f"{name}.attention_output_norm", norm, shape, axes)
     if not layer.mixer_only:
@@ -76,6 +82,11 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
         yield from feed_forward_rows(rows, f"{name}.feed_forward", layer.feed_forward, "feed-forward")
     if layer.moe is not None:
         yield from moe_rows(rows, f"{name}.moe", layer.moe, previous)
+    if layer.feed_forward_scale:
+        yield rows.vector(f"{name}.feed_forward_scale", (1,), ("one",), "feed-forward", ONES)
+    if convolution is not None and not layer.mixer_only:
+        own = f"{name}.feed_forward_convolution"
+        yield from residual_convolution_rows(rows, own, convolution, shape, axes, "feed-forward")
     if layer.norm_placement == "sandwich" and not layer.mixer_only:
         yield from rows.norm(f"{name}.feed_forward_output_norm", norm, shape, axes)
     if rows.spec.layer_inputs is not None:

@@ -47,10 +47,14 @@ def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Itera
     if router.mlp is not None:
         yield from _router_mlp(rows, f"{name}.mlp", router.mlp, previous)
     yield rows.matrix(f"{name}.w_router", (width, e), (axis, "expert"), "router")
+    if spec.num_sinks:
+        yield rows.matrix(f"{name}.w_shared", (width, spec.num_sinks), (axis, "constant"), "router")
     if router.bias:
         yield rows.vector(f"{name}.b_router", (e,), ("expert",), "router")
     if router.gating_residual and previous is not None:
         yield rows.matrix(f"{name}.w_residual", (previous, e), ("expert", "expert"), "router", ZEROS)
+    if router.learned_scale:
+        yield rows.vector(f"{name}.scale", (1,), ("one",), "router", ONES)
     if router.per_expert_scale:
         yield rows.vector(f"{name}.expert_scale", (e,), ("expert",), "router", ONES)
     if router.selection_bias is not None:

@@ -31,11 +31,13 @@ With `precision.compute: bfloat16`:
 | lightning attention behind its projections: silu, state, norm, gate; result cast back | float32 |
 | Mamba-1 and 2 behind their projections: convolutions, step, decay, state, gate, norm; result cast back | float32 |
 | short convolution: convolution and product with its output gate; result cast back | float32 |
+| residual convolution: filters of a token, convolution and sum; result cast back | float32 |
+| relative position logits: features after their projection, profiles, bias; projected sinks; L2 clips | float32 |
 | inputs of those convolutions, in the cache and before it | compute |
 | router: normalized input, jitter, noise, residual, bias, selection bias, cutoffs, scores, weights | float32 |
 | router: product, and the input as it enters it (`router.dtype`) | float32 or compute |
 | weighted sum over the K chosen experts, or product of weight and input (`apply_to: input`), cast back | float32 |
-| experts without computation: mix and weighted sum; gate of shared experts: sigmoid and product; cast back | float32 |
+| experts without computation: mix and weighted sum; gate or weights of shared experts, product; cast back | float32 |
 | logits as returned, cross-entropy, auxiliary losses | float32 |
 """
 

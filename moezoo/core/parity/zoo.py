@@ -89,6 +89,8 @@ _SAME = {
     "key_norm": "norm",
     "value_norm": "norm",
     "output_norm": "norm",
+    "kv_convolution": "residual_convolution",
+    "output_convolution": "residual_convolution",
     "head": "head",
     "attention_factors": "factors",
     "feed_forward_factors": "factors",

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
+from moezoo.core.reference.convolution import residual_convolution
 from moezoo.core.reference.convolutional_attention import convolved, half_delayed_values
-from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.positions import Documents, rotate, within_documents
+from moezoo.core.reference.normalization import l2_clipped, normalize
+from moezoo.core.reference.positions import Documents, relative_bias, relative_features, rotate, within_documents
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 
 Source = tuple[Array, Array] | Array
@@ -37,6 +38,7 @@ def attend(
     scale: float | None = None,
     softcap: float | None = None,
     sink_N: Array | None = None,
+    bias_BNTS: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention over the unmasked source positions, `softmax(scale q k) v`, in float32.
 
@@ -48,7 +50,8 @@ def attend(
         scale: multiplies the scores; None means `1 / sqrt(H)`.
         softcap: scores become `softcap * tanh(score / softcap)`, after the scale and before the mask.
         sink_N: attention sinks: one logit per head that joins the softmax denominator and carries no value: a weight is
-            `exp(score) / (exp(sink) + sum over s of exp(score))`. Neither scaled nor capped.
+            `exp(score) / (exp(sink) + sum over s of exp(score))`. Neither scaled nor capped. [B, T, N]: one per query.
+        bias_BNTS: added to the scores, after the scale and the softcap.
 
     Returns:
         [B, T, M, G, H].
@@ -60,13 +63,16 @@ def attend(
     score = score / np.sqrt(query_BTMGH.shape[-1]) if scale is None else score * scale
     if softcap is not None:
         score = softcap * np.tanh(score / softcap)
+    if bias_BNTS is not None:
+        score = score + bias_BNTS.reshape(score.shape)
     score = np.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -np.inf)
     largest = np.max(score, axis=-1, keepdims=True)
     total = 0.0
     if sink_N is not None:
-        sink_MG11 = sink_N.reshape(*query_BTMGH.shape[2:4], 1, 1)
-        largest = np.maximum(largest, sink_MG11)
-        total = np.exp(sink_MG11 - largest)
+        sink_BNT = sink_N[None, :, None] if sink_N.ndim == 1 else np.swapaxes(sink_N, 1, 2)
+        sink_BMGT1 = sink_BNT.reshape(len(sink_BNT), *query_BTMGH.shape[2:4], -1, 1)
+        largest = np.maximum(largest, sink_BMGT1)
+        total = np.exp(sink_BMGT1 - largest)
     weight = np.exp(score - largest)
     weight = weight / (total + np.sum(weight, axis=-1, keepdims=True))
     return np.einsum("BMGTS,BSMH->BTMGH", weight, value_BSMH)
@@ -94,11 +100,15 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Arra
 def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
     """Return the temperature by which queries are multiplied: `1 + scale * ln(1 + floor((t + first) / floor_length))`.
 
-    Or, with `form: power`, `(1 + (t + first) / floor_length) ** scale`. [T], one factor per position t.
+    Or, with `form: power`, `(1 + (t + first) / floor_length) ** scale`; with `form: log`,
+    `1 + scale * ln(max(1, (t + first) / floor_length))`. [T], one factor per position t.
 
     Source: Nakanishi 2025, arXiv 2501.19399 (`s ln n` for n tokens).
-    Differs: Llama-4's form, which changes in steps and is 1 for the first `floor_length - first` tokens; Beam's form.
+    Differs: Llama-4's form, which changes in steps and is 1 for the first `floor_length - first` tokens; Beam's form;
+    Inkling's, which is 1 as long, and has no steps.
     """
+    if spec.form == "log":
+        return 1 + spec.scale * np.log(np.maximum((position_T + spec.first) / spec.floor_length, 1.0))
     if spec.form == "power":
         return np.exp(spec.scale * np.log1p((position_T + spec.first) / spec.floor_length))
     return 1 + spec.scale * np.log1p((position_T + spec.first) // spec.floor_length)
@@ -115,9 +125,10 @@ def grouped_query_attention(
 ) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1, or in each document: [B, T, D] -> [B, T, D].
 
-    Order: project (and add biases), and apply the `convolution`; normalize queries and keys if `qk_norm` and apply
-    RoPE, or in the opposite order, with `clip` before the rotation in both cases; multiply queries and keys by their
-    temperatures; normalize, clip, scale and mix values; attend; gate; apply the output projection.
+    Order: project (and add biases), and apply the `convolution` or `kv_convolution`; normalize queries and keys if
+    `qk_norm` and apply RoPE, or in the opposite order, with `qk_l2_clip` and `clip` before the rotation in both cases;
+    multiply queries (with their `relative` features) and keys by their temperatures; normalize, clip, scale and mix
+    values; attend; gate; apply the output projection.
 
     Args:
         first_value_BTMH: values of the model's first layer, mixed in by `value_residual`; the first layer itself has
@@ -130,7 +141,7 @@ def grouped_query_attention(
     query, key, value = _projected(spec, parameters, x_BTD, documents)
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length) if documents is None else documents.position_BT
-    query = _rotated(spec, inside(parameters, "query_norm"), query, position_T)
+    query = _rotated(spec, inside(parameters, "query_norm"), query, position_T, parameters.get("query_scale"))
     if spec.temperature_tuning is not None:
         query = query * temperature(spec.temperature_tuning, position_T)[..., None, None]
     if source is None:
@@ -150,7 +161,8 @@ def grouped_query_attention(
         within_documents(visible(spec, position_T, position_T), documents),
         scale=spec.scale,
         softcap=spec.softcap,
-        sink_N=parameters["sink"] if spec.sinks else None,
+        sink_N=_sinks(spec, parameters, x_BTD),
+        bias_BNTS=_relative_bias(spec, parameters, x_BTD, position_T),
     ).reshape(batch, length, spec.num_heads, spec.value_dim)
     attended = _gated(spec, parameters, attended, x_BTD)
     output = adapter.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
@@ -180,7 +192,12 @@ def _projected(
     if spec.values_from_keys:
         return query, key, key
     value = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
-    return query, key, value + parameters["b_value"] if spec.qkv_bias else value
+    value = value + parameters["b_value"] if spec.qkv_bias else value
+    if spec.kv_convolution is not None:
+        of_key, of_value = inside(parameters, "key_convolution"), inside(parameters, "value_convolution")
+        key = residual_convolution(spec.kv_convolution, of_key, key, x_BTD, documents)
+        value = residual_convolution(spec.kv_convolution, of_value, value, x_BTD, documents)
+    return query, key, value
 
 
 def _keys_and_values(
@@ -194,11 +211,38 @@ def _keys_and_values(
     return key, spec.value_multiplier * _clipped(spec, value)
 
 
-def _rotated(spec: GroupedQueryAttentionSpec, norm: Parameters, x: Array, position_T: Array) -> Array:
-    """Normalize, clip and rotate queries or keys; the norm is over each head, or over all heads of a token together."""
+def _sinks(spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array) -> Array | None:
+    """Return the sinks: [N], or [B, T, N] where they are a projection; None: there are none."""
+    if spec.projected_sinks:
+        return adapter.einsum("BTD,DN->BTN", x_BTD, parameters["w_sink"])
+    return parameters["sink"] if spec.sinks else None
+
+
+def _relative_bias(
+    spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, position_T: Array
+) -> Array | None:
+    """Return the relative position logits [B, N, T, T], if there are any."""
+    if spec.relative is None:
+        return None
+    own = inside(parameters, "relative")
+    feature = relative_features(spec.relative, own, x_BTD)
+    if spec.temperature_tuning is not None:
+        feature = feature * temperature(spec.temperature_tuning, position_T)[..., None, None]
+    return relative_bias(feature, own["profile"], position_T, position_T)
+
+
+def _rotated(
+    spec: GroupedQueryAttentionSpec, norm: Parameters, x: Array, position_T: Array, scale: Array | None = None
+) -> Array:
+    """Normalize, clip and rotate queries or keys; the norm is over each head, or over all heads of a token together.
+
+    `scale` [N, H] multiplies queries before an L2 clip.
+    """
     axes = 1 if spec.qk_norm_over == "head" else 2
     if spec.qk_norm is not None and not spec.qk_norm_after_rotation:
         x = normalize(spec.qk_norm, norm, x, axes)
+    if spec.qk_l2_clip is not None:
+        x = l2_clipped(x if scale is None else x * scale, spec.qk_l2_clip)
     x = _clipped(spec, x)
     match spec.position:
         case RoPESpec():

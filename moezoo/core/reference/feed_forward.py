@@ -11,13 +11,14 @@ from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
 
 
-def feed_forward(spec: FeedForwardSpec, parameters: Parameters, x: Array) -> Array:
+def feed_forward(spec: FeedForwardSpec, parameters: Parameters, x: Array, weight: Array | None = None) -> Array:
     """Feed-forward layer with F hidden features: `activate(x w_gate + b_gate, x w_up + b_up) w_down + b_down`.
 
     Args:
         spec: the activation, and whether there are biases; a plain activation has no gate.
         parameters: `w_gate` and `w_up` [D, F], `w_down` [F, D]; with biases `b_gate` and `b_up` [F], `b_down` [D].
         x: [..., D].
+        weight: [..., F], multiplies the activated features; None: no weights.
 
     Returns:
         [..., D].
@@ -30,7 +31,8 @@ def feed_forward(spec: FeedForwardSpec, parameters: Parameters, x: Array) -> Arr
         gate = gate + parameters["b_gate"] if spec.bias else gate
     up = adapter.einsum("...D,DF->...F", x, parameters["w_up"])
     up = up + parameters["b_up"] if spec.bias else up
-    out = adapter.einsum("...F,FD->...D", activate(spec, gate, up), parameters["w_down"])
+    activated = activate(spec, gate, up) if weight is None else activate(spec, gate, up) * weight
+    out = adapter.einsum("...F,FD->...D", activated, parameters["w_down"])
     return out + parameters["b_down"] if spec.bias else out
 
 

@@ -10,6 +10,7 @@ from moezoo.core.random import ATTENTION_DROPOUT, FEED_FORWARD_DROPOUT, SHORTCUT
 from moezoo.core.reference import Array, Parameters, Record, inside
 from moezoo.core.reference.attention import Attended, Source
 from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
+from moezoo.core.reference.convolution import residual_convolution
 from moezoo.core.reference.feed_forward import feed_forward
 from moezoo.core.reference.layer_inputs import layer_input
 from moezoo.core.reference.mixer import mix
@@ -114,7 +115,7 @@ def layer(
         seen_BTD, own = _norm_before(model, spec, parameters, "attention", x_BTD), inside(parameters, "attention")
         attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
         record[f"{name}.attention"] = attended.out_BTD
-        streams = add(attended.out_BTD)
+        streams = add(_convolved(spec, parameters, "attention", attended.out_BTD, inputs))
     if not spec.mixer_only:
         x_BTD, add = _read(model, index, parameters, "feed_forward", streams, key)
         if spec.norm_placement != "parallel":
@@ -126,10 +127,10 @@ def layer(
         record[f"{name}.moe"] = out
     shortcut_BTD = _added(model, out, key, SHORTCUT_DROPOUT) if spec.shortcut else None
     if spec.feed_forward is not None:
-        out = feed_forward(spec.feed_forward, inside(parameters, "feed_forward"), seen_BTD)
-        record[f"{name}.feed_forward"] = out
+        own, scale = inside(parameters, "feed_forward"), parameters.get("feed_forward_scale", 1.0)
+        out = record[f"{name}.feed_forward"] = scale * feed_forward(spec.feed_forward, own, seen_BTD)
     if not spec.mixer_only:
-        streams = add(out)
+        streams = add(_convolved(spec, parameters, "feed_forward", out, inputs))
     streams = streams if state.shortcut_BTD is None else streams + state.shortcut_BTD
     if model.layer_inputs is not None:
         own = inside(parameters, "layer_input")
@@ -179,6 +180,14 @@ def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, bloc
         normed = normalize(model.norm, inside(parameters, f"{block}_norm"), x_BTD)
     rank = spec.attention_norm_gate if block == "attention" else spec.feed_forward_norm_gate
     return normed if rank is None else norm_gate(inside(parameters, f"{block}_norm_gate"), normed)
+
+
+def _convolved(spec: LayerSpec, parameters: Parameters, block: str, out_BTD: Array, inputs: StepInputs) -> Array:
+    """Short convolution of a block's output, if there is one."""
+    if spec.output_convolution is None:
+        return out_BTD
+    own = inside(parameters, f"{block}_convolution")
+    return residual_convolution(spec.output_convolution, own, out_BTD, documents=inputs.documents)
 
 
 def _norm_after(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, out_BTD: Array) -> Array:

@@ -4,11 +4,11 @@ import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.reference.attention import Attended
+from moezoo.core.reference.convolution import causal_convolution
 from moezoo.core.reference.feed_forward import silu
 from moezoo.core.reference.linear_recurrence import FORGETS, linear_recurrence
 from moezoo.core.reference.normalization import rms_norm
 from moezoo.core.reference.positions import Documents
-from moezoo.core.reference.short_convolution import causal_convolution
 from moezoo.core.spec import Mamba2Spec
 
 

@@ -65,7 +65,7 @@ def moe(
         record[f"{name}.router.weight"] = routing.weight_PK
         record[f"{name}.routed"] = out_PD
     if spec.shared is not None:
-        out_PD = with_shared(spec, parameters, x_PD, out_PD)
+        out_PD = with_shared(spec, parameters, x_PD, out_PD, routing.shared_weight_PE)
     if spec.output_norm is not None:
         out_PD = normalize(spec.output_norm, inside(parameters, "output_norm"), out_PD)
     return np.reshape(out_PD, x_BTD.shape), routing
@@ -88,18 +88,24 @@ def run_experts(spec: MoESpec, parameters: Parameters, x_PD: Array, dispatched: 
     return combine(summed, experts(spec.experts, parameters, x_RD, dispatched.size_E), x_PD.shape[0])
 
 
-def with_shared(spec: MoESpec, parameters: Parameters, x_PD: Array, routed_PD: Array) -> Array:
+def with_shared(
+    spec: MoESpec, parameters: Parameters, x_PD: Array, routed_PD: Array, weight_PE: Array | None = None
+) -> Array:
     """Add the output of the shared experts, which compute every token, to that of the routed ones: [P, D].
 
     `sum`: `routed + shared(x)`. `sigmoid_gated`: `routed + sigmoid(x w_shared_gate) * shared(x)`. `average`: half of
-    the sum. `parallel`: `routed + norm(shared(x))`; `routed` is already normalized.
+    the sum. `sink`: `routed + sum over s of weight_s shared_s(x)`, by the router's weights of them. `parallel`:
+    `routed + norm(shared(x))`; `routed` is already normalized.
 
     Source: Dai et al. 2024, arXiv 2401.06066, eq. 9 (sum); transformers 5.23, models qwen2_moe (gate), cohere2_moe
-    (average), gemma4 (parallel).
+    (average), inkling (sink), gemma4 (parallel).
     """
-    shared_PD = feed_forward(spec.shared_feed_forward, inside(parameters, "shared"), x_PD)
+    own, weight_PF = spec.shared_feed_forward, None
+    if weight_PE is not None:
+        weight_PF = np.repeat(weight_PE, own.hidden_dim // spec.num_sinks, axis=1)
+    shared_PD = feed_forward(own, inside(parameters, "shared"), x_PD, weight_PF)
     match spec.shared:
-        case SharedExpertsSpec(kind="sum"):
+        case SharedExpertsSpec(kind="sum" | "sink"):
             return routed_PD + shared_PD
         case SharedExpertsSpec(kind="sigmoid_gated"):
             gate_P = sigmoid(np.einsum("PD,D->P", x_PD, parameters["w_shared_gate"][:, 0]))

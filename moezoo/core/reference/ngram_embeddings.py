@@ -5,9 +5,9 @@ import math
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
+from moezoo.core.reference.convolution import causal_convolution
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents
-from moezoo.core.reference.short_convolution import causal_convolution
 from moezoo.core.spec import NGramEmbeddingsSpec, NormSpec
 
 

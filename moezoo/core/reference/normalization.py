@@ -88,5 +88,15 @@ def norm_gate(parameters: Parameters, x: Array) -> Array:
     return x / (1 + np.exp(-up))
 
 
+def l2_clipped(x: Array, threshold: float) -> Array:
+    """Shorten vectors of the last axis to an L2 norm of `threshold` if they are longer: `x min(1, threshold / |x|)`.
+
+    1e-6 is added to |x|. Source: Thinking Machines 2026 (Inkling 2; transformers 5.23, `Inkling2L2Clip`).
+    """
+    # Trap: the gradient of a root is infinite at 0; vectors that short are not clipped.
+    length = np.sqrt(np.maximum(np.sum(x**2, axis=-1, keepdims=True), 1e-30))
+    return x * np.minimum(1.0, threshold / (length + 1e-6))
+
+
 def _last(axes: int) -> tuple[int, ...]:
     return tuple(range(-axes, 0))

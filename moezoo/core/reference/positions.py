@@ -1,4 +1,4 @@
-"""Position encodings: rotary embeddings (RoPE) in attention, and vectors added to the token embeddings."""
+"""Position encodings: RoPE and relative position logits in attention, and vectors added to the token embeddings."""
 
 import functools
 import math
@@ -6,7 +6,8 @@ from typing import NamedTuple, assert_never
 
 import autograd.numpy as np
 
-from moezoo.core.reference import Array, Parameters
+from moezoo.core.reference import Array, Parameters, adapter
+from moezoo.core.reference.normalization import l2_clipped
 from moezoo.core.spec import (
     DynamicScalingSpec,
     EmbeddingPositionSpec,
@@ -15,6 +16,7 @@ from moezoo.core.spec import (
     Llama3ScalingSpec,
     LongRoPEScalingSpec,
     PositionSpec,
+    RelativePositionSpec,
     RoPEScalingSpec,
     RoPESpec,
     SinusoidalPositionsSpec,
@@ -259,6 +261,40 @@ def dynamic_scaled(spec: DynamicScalingSpec, frequency: Array) -> Array:
     """
     stretch = max(1.0, spec.factor * spec.length / spec.original_length - (spec.factor - 1))
     return frequency * stretch ** (-np.arange(len(frequency)) / (len(frequency) - 1))
+
+
+def relative_features(spec: RelativePositionSpec, parameters: Parameters, x_BTD: Array) -> Array:
+    """Return what each head of each token gives to the profiles of relative position logits: [B, T, N, Z].
+
+    `x w_feature`; with an L2 clip, that times `scale` [N, Z], then clipped.
+
+    Source: see RelativePositionSpec.
+    """
+    feature = adapter.einsum("BTD,DNZ->BTNZ", x_BTD, parameters["w_feature"])
+    return feature if spec.l2_clip is None else l2_clipped(feature * parameters["scale"], spec.l2_clip)
+
+
+def relative_bias(relative_BTNZ: Array, profile_ZS: Array, position_T: Array, position_S: Array) -> Array:
+    """Relative position logits: `bias[t, s] = relative_t . profile[t - s]`, 0 for other distances than it has.
+
+    Args:
+        relative_BTNZ: what each head of each query gives to the Z profiles.
+        profile_ZS: the profiles, over as many distances as it has.
+        position_T, position_S: of queries and keys, [T] and [S], or [B, T] and [B, S].
+
+    Returns:
+        [B, N, T, S].
+
+    Source: Shaw et al. 2018, arXiv 1803.02155, eq. 4, with features of a projection of their own in place of the query:
+    Thinking Machines 2026 (Inkling; transformers 5.23, `InklingRelativeLogits`).
+    """
+    distance_TS = position_T[..., :, None] - position_S[..., None, :]
+    extent = profile_ZS.shape[1]
+    profile = profile_ZS[:, np.clip(distance_TS, 0, extent - 1)]
+    profile = np.where((distance_TS >= 0) & (distance_TS < extent), profile, 0.0)
+    if profile.ndim == 3:
+        return np.einsum("BTNZ,ZTS->BNTS", relative_BTNZ, profile)
+    return np.einsum("BTNZ,ZBTS->BNTS", relative_BTNZ, profile)
 
 
 def embedding_positions(

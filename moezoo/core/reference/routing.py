@@ -29,6 +29,7 @@ class Routing(NamedTuple):
         clean_logits_PE, noise_scale_PE: logits before the noise, and its standard deviation; None without noise.
         cutoff_E: lowest score that each expert took (expert choice in training), else None.
         state_PZ: state of the router's MLP, for the next MoE layer; None without one.
+        shared_weight_PE: weights of the shared experts that the router scores; None if there are none.
         margin_P: only in the reference: relative distance of the nearest decision from the opposite one.
     """
 
@@ -42,6 +43,7 @@ class Routing(NamedTuple):
     noise_scale_PE: Array | None
     cutoff_E: Array | None
     state_PZ: Array | None
+    shared_weight_PE: Array | None
     margin_P: Array
 
 
@@ -51,8 +53,8 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     Args:
         spec: the router, a point in the algebra; its docstring has the formulas, the functions below compute them.
         parameters: `w_router` [D, E], and what the spec asks for: `input_scale` [D], `b_router` [E], `w_residual`
-            [E of the previous MoE layer, E], `expert_scale` [E], `selection_bias` [E], `w_noise` [D, E],
-            `hash_table` [V, K], `cutoff` [E] with `cutoff_weight` [1]; with an MLP its own, its width for D.
+            [E of the previous MoE layer, E], `expert_scale` [E], `scale` [1], `selection_bias` [E], `w_noise` [D, E],
+            `hash_table` [V, K], `cutoff` [E], `cutoff_weight` [1], `w_shared` [D, E]; an MLP's own, its width for D.
         x_PD: tokens.
         context: token ids, the previous router's logits, forced, silenced and excluded experts, key, padding, and
             whether to route as generation does.
@@ -63,7 +65,7 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     """
     key = context.key
     x_PD = _router_input(spec, parameters, x_PD, key)
-    state_PZ = None
+    state_PZ = clean_logits_PE = noise_scale_PE = None
     if spec.mlp is not None:
         x_PD, state_PZ = router_mlp(spec.mlp, inside(parameters, "mlp"), x_PD, context.previous_PZ)
     logits_PE = _linear(spec, parameters, x_PD, context.previous_PE) / spec.temperature
@@ -71,7 +73,6 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
         logits_PE = spec.softcap * np.tanh(logits_PE / spec.softcap)
     if key is not None and spec.jitter is not None and spec.jitter.of == "logits":
         logits_PE = logits_PE * _jitter(spec.jitter.amount, key, logits_PE.shape)
-    clean_logits_PE = noise_scale_PE = None
     if key is not None and isinstance(spec.choice, NoisyTopKChoiceSpec):
         clean_logits_PE = logits_PE
         noise_scale_PE = np.logaddexp(0.0, adapter.einsum("PD,DE->PE", x_PD, parameters["w_noise"]))
@@ -88,7 +89,7 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
     if isinstance(spec.choice, ExpertChoiceSpec) and context.inference:
         cutoff_E = average_cutoff(parameters["cutoff"], parameters["cutoff_weight"])
     choice = choose(spec, logits_PE, score_PE, selection_PE, context, table_PK=table_PK, cutoff_E=cutoff_E)
-    weight_PK = combine_weight(spec, parameters, choice, logits_PE, score_PE)
+    weight_PK, shared_PE = combine_weight(spec, parameters, choice, logits_PE, score_PE, x_PD)
     if context.silenced_PE is not None:
         weight_PK = np.where(np.take_along_axis(context.silenced_PE, choice.expert_PK, axis=-1), 0.0, weight_PK)
     real_P1 = np.ones((len(x_PD), 1), bool) if context.real_P is None else context.real_P[:, None]
@@ -103,6 +104,7 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
         noise_scale_PE,
         choice.cutoff_E,
         state_PZ,
+        shared_PE,
         choice.margin_P,
     )
 
@@ -180,20 +182,33 @@ def score(spec: RouterSpec, logits_PE: Array) -> Array:
             return logits_PE
 
 
+def _shared_score(spec: RouterSpec, parameters: Parameters, x_PD: Array) -> Array | None:
+    """Return the scores of shared experts, computed as those of the routed ones, without noise, bias or residual.
+
+    None where the router scores no shared experts.
+    """
+    if "w_shared" not in parameters:
+        return None
+    logits_PE = adapter.einsum("PD,DE->PE", x_PD, parameters["w_shared"]) / spec.temperature
+    return score(spec, logits_PE if spec.softcap is None else spec.softcap * np.tanh(logits_PE / spec.softcap))
+
+
 def average_cutoff(cutoff_E: Array, cutoff_weight_1: Array) -> Array:
     """Return the moving average of cutoffs, bias-corrected as Adam's moments are: its sum over its sum of weights."""
     return getval(cutoff_E) / np.maximum(getval(cutoff_weight_1), LEAST_WEIGHT)
 
 
 def combine_weight(
-    spec: RouterSpec, parameters: Parameters, choice: Choice, logits_PE: Array, score_PE: Array
-) -> Array:
-    """Return the combine weights of the chosen experts: [P, K]; 0 in unused slots.
+    spec: RouterSpec, parameters: Parameters, choice: Choice, logits_PE: Array, score_PE: Array, x_PD: Array
+) -> tuple[Array, Array | None]:
+    """Return the combine weights of the chosen experts [P, K], 0 in unused slots, and those of shared ones.
 
     The score, softmax or sigmoid of the chosen logits, or the choice's own weights (sparsemixer). Then, in this
     order: divided by `sum_k weight_k` or by the p-norm `(sum_k weight_k^p)^(1/p)`, where an epsilon is added to the
-    divisor or is its floor; times `scale`; times the expert's own scale.
+    divisor or is its floor; times `scale` and the learned scale; times the expert's own scale. Scores of shared experts
+    are added to the sum, and are divided and scaled as the others are.
     """
+    shared_PE = _shared_score(spec, parameters, x_PD)
     row_P1 = np.arange(len(score_PE))[:, None]
     if choice.weight_PK is not None:
         weight_PK = choice.weight_PK
@@ -206,21 +221,28 @@ def combine_weight(
             case "sigmoid_of_chosen":
                 weight_PK = sigmoid(logits_PE[row_P1, choice.expert_PK])
     weight_PK = np.where(choice.valid_PK, weight_PK, 0.0)
-    weight_PK = _renormalized(spec, weight_PK) * spec.scale
-    return weight_PK * parameters["expert_scale"][choice.expert_PK] if spec.per_expert_scale else weight_PK
+    divisor_P1 = _divisor(spec, weight_PK, shared_PE)
+    scale = spec.scale * parameters["scale"] if spec.learned_scale else spec.scale
+    weight_PK = weight_PK / divisor_P1 * scale
+    if spec.per_expert_scale:
+        weight_PK = weight_PK * parameters["expert_scale"][choice.expert_PK]
+    return weight_PK, None if shared_PE is None else shared_PE / divisor_P1 * scale
 
 
-def _renormalized(spec: RouterSpec, weight_PK: Array) -> Array:
+def _divisor(spec: RouterSpec, weight_PK: Array, shared_PE: Array | None) -> Array:
+    """Return what the weights of each token are divided by: [P, 1]."""
     match spec.renormalize:
         case "none":
-            return weight_PK
+            return np.ones((len(weight_PK), 1))
         case "sum":
             divisor_P1 = np.sum(weight_PK, axis=-1, keepdims=True)
+            if shared_PE is not None:
+                divisor_P1 = divisor_P1 + np.sum(shared_PE, axis=-1, keepdims=True)
         case "p_norm":
             order = spec.renormalize_order
             divisor_P1 = np.sum(weight_PK**order, axis=-1, keepdims=True) ** (1 / order)
     epsilon = spec.renormalize_epsilon
-    return weight_PK / (np.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon)
+    return np.maximum(divisor_P1, epsilon) if spec.renormalize_floor else divisor_P1 + epsilon
 
 
 def softmax(logits: Array) -> Array:

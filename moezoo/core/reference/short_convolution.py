@@ -2,26 +2,9 @@
 
 from moezoo.core.reference import Array, Parameters, adapter
 from moezoo.core.reference.attention import Attended
-from moezoo.core.reference.positions import Documents, causal_windows
+from moezoo.core.reference.convolution import causal_convolution
+from moezoo.core.reference.positions import Documents
 from moezoo.core.spec import ShortConvolutionSpec
-
-
-def causal_convolution(x: Array, weight: Array, documents: Documents | None = None, *, dilation: int = 1) -> Array:
-    """Causal depthwise convolution over time, `sum over w of weight[w] x[t - dilation (W - 1 - w)]`.
-
-    Args:
-        x: [B, T, ...]; tokens before the first are zero.
-        weight: [W, ...]; its last row multiplies the token itself.
-        documents: those of packed sequences; tokens before the first of each are zero.
-        dilation: distance between the tokens that a filter sees.
-
-    Returns:
-        The shape of x.
-
-    Source: So et al. 2021, arXiv 2109.08668 (Primer); Yang et al. 2024, arXiv 2412.06464, section 3.4.
-    """
-    rows = causal_windows(x, dilation * (len(weight) - 1) + 1, documents)[::dilation]
-    return sum(row * own for row, own in zip(rows, weight, strict=True))
 
 
 def short_convolution(

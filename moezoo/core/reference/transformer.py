@@ -99,7 +99,10 @@ def forward(
 
 
 def _embedded(spec: ModelSpec, parameters: Parameters, tokens_BT: Array, documents: Documents | None) -> Array:
-    x_BTD = adapter.take(parameters["embedding.weight"], tokens_BT) * spec.multipliers.embedding
+    x_BTD = adapter.take(parameters["embedding.weight"], tokens_BT)
+    if spec.embedding_norm:
+        x_BTD = normalize(spec.norm, inside(parameters, "embedding_norm"), x_BTD)
+    x_BTD = x_BTD * spec.multipliers.embedding
     if spec.position is not None:
         position_T = np.arange(tokens_BT.shape[1]) if documents is None else documents.position_BT
         x_BTD = x_BTD + embedding_positions(spec.position, spec.embed_dim, inside(parameters, "position"), position_T)

@@ -37,6 +37,8 @@ from moezoo.core.spec import (
     NormSpec,
     ParallelFeedForwardSpec,
     PositionSpec,
+    RelativePositionSpec,
+    ResidualConvolutionSpec,
     ResidualSpec,
     RMSNormSpec,
     RoPESpec,
@@ -84,6 +86,7 @@ def model_in_words(spec: ModelSpec) -> str:
         ),
         ("sinusoidal positions", isinstance(spec.position, SinusoidalPositionsSpec)),
         (_norm(spec.norm), _norm(spec.norm) != _norm(RMSNormSpec())),
+        ("norm of the embedding", spec.embedding_norm),
         *((f"{name} times {value:g}", True) for name, value in multipliers),
         (_residual(spec.residual), not isinstance(spec.residual, SumResidualSpec)),
         (f"softcap {spec.softcap}", spec.softcap is not None),
@@ -199,6 +202,9 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
         if factors != BlockFactorsSpec():
             text = f"{text}; stream times {factors.stream:g}, {name} times {factors.block:g}"
     ranks = {"attention": layer.attention_norm_gate, "feed-forward": layer.feed_forward_norm_gate}
+    text = f"{text}; times a learned scale" if layer.feed_forward_scale else text
+    if layer.output_convolution is not None:
+        text = f"{text}; outputs in a {_convolution(layer.output_convolution)}"
     gates = [name for name, rank in ranks.items() if rank is not None]
     text = f"{text}; gated norm of {' and '.join(gates)}" if gates else text
     text = f"{text}; output scaled" if layer.output_scale else text
@@ -264,6 +270,13 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         ("gate bias", spec.gate_bias),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"scale {spec.scale}", spec.scale is not None),
+        ("" if spec.relative is None else _relative(spec.relative), spec.relative is not None),
+        ("projected sinks", spec.projected_sinks),
+        (f"queries and keys of norm up to {spec.qk_l2_clip}", spec.qk_l2_clip is not None),
+        (
+            "" if spec.kv_convolution is None else f"keys and values in a {_convolution(spec.kv_convolution)}",
+            spec.kv_convolution is not None,
+        ),
         ("temperature by position", spec.temperature_tuning is not None),
         ("values are keys", spec.values_from_keys),
         ("value norm", spec.value_norm is not None),
@@ -276,6 +289,16 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
 
 def _head_convolution(spec: HeadConvolutionSpec | None) -> str:
     return "" if spec is None else f"convolutions of {spec.conv_width} and {spec.mix_width}"
+
+
+def _relative(spec: RelativePositionSpec) -> str:
+    norm = "" if spec.l2_clip is None else f", of norm up to {spec.l2_clip}"
+    return f"relative position logits of {spec.dim} profiles over {spec.extent} tokens{norm}"
+
+
+def _convolution(spec: ResidualConvolutionSpec) -> str:
+    kind = "dynamic residual convolution" if spec.dynamic else "residual convolution"
+    return f"{kind} of {spec.width}" + (" of unit variance" if spec.unit_variance else "")
 
 
 def _moe(spec: MoESpec) -> str:
@@ -339,6 +362,7 @@ def _weights(router: RouterSpec) -> str:
         ("with a selection bias", router.selection_bias is not None),
         ("renormalized" if router.renormalize == "sum" else "renormalized by p-norm", router.renormalize != "none"),
         (f"times {router.scale:g}", router.scale != 1),
+        ("times a learned scale", router.learned_scale),
         ("times a scale per expert", router.per_expert_scale),
         ("on the input", router.apply_to == "input"),
         (jitter, router.jitter is not None),

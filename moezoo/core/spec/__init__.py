@@ -20,6 +20,7 @@ from moezoo.core.spec.attention import (
 )
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.compressed_attention import CompressedAttentionSpec, CompressionSpec
+from moezoo.core.spec.convolution import ResidualConvolutionSpec
 from moezoo.core.spec.feed_forward import (
     ClampedSwiGLUSpec,
     ExpertsSpec,
@@ -61,9 +62,6 @@ from moezoo.core.spec.moe import (
     DispatchSpec,
     DroplessSpec,
     MoESpec,
-    ParallelFeedForwardSpec,
-    SharedExpertsSpec,
-    SharedSpec,
     ZeroComputationSpec,
 )
 from moezoo.core.spec.ngram_embeddings import NGramEmbeddingsSpec
@@ -77,6 +75,7 @@ from moezoo.core.spec.positions import (
     LongRoPEScalingSpec,
     NoPositionSpec,
     PositionSpec,
+    RelativePositionSpec,
     RoPEScalingSpec,
     RoPESpec,
     SinusoidalPositionsSpec,
@@ -104,6 +103,7 @@ from moezoo.core.spec.routing import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
+from moezoo.core.spec.shared_experts import ParallelFeedForwardSpec, SharedExpertsSpec, SharedSpec
 from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
 
 __all__ = [
@@ -173,6 +173,8 @@ __all__ = [
     "PositionSpec",
     "PrecisionSpec",
     "RMSNormSpec",
+    "RelativePositionSpec",
+    "ResidualConvolutionSpec",
     "ResidualSpec",
     "RoPEScalingSpec",
     "RoPESpec",

@@ -6,21 +6,22 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.compressed_attention import CompressedAttentionSpec
+from moezoo.core.spec.convolution import ResidualConvolutionSpec
 from moezoo.core.spec.indexer import IndexerSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
-from moezoo.core.spec.positions import PositionSpec, RoPESpec
+from moezoo.core.spec.positions import PositionSpec, RelativePositionSpec, RoPESpec
 from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
 
 
 class TemperatureTuningSpec(Part):
     """Position-dependent query scale: query t is multiplied by `1 + scale * ln(floor((t + first) / floor_length) + 1)`.
 
-    With `form: power` it is multiplied by `((t + first) / floor_length + 1) ** scale`, without steps (Beam). `first`:
-    index of the first token. Source: Nakanishi 2025, arXiv 2501.19399 (scalable softmax), in the form of Llama-4;
-    Mistral 4 counts from 0.
+    With `form: power` it is multiplied by `((t + first) / floor_length + 1) ** scale`, without steps (Beam); with
+    `form: log` by `1 + scale * ln(max(1, (t + first) / floor_length))` (Inkling). `first`: index of the first token.
+    Source: Nakanishi 2025, arXiv 2501.19399 (scalable softmax), in the form of Llama-4; Mistral 4 counts from 0.
     """
 
-    form: Literal["steps", "power"] = "steps"
+    form: Literal["steps", "power", "log"] = "steps"
 
     floor_length: PositiveInt = 8192
     scale: PositiveFloat = 0.1
@@ -49,19 +50,23 @@ class GroupedQueryAttentionSpec(Part):
     `projection` (OLMoE), before RoPE or after it (Hunyuan, Llama-4). `window`: sliding window, each query attends to
     the last `window` tokens, itself included (Beltagy et al. 2020, arXiv 2004.05150). `chunk`: chunked attention, each
     query attends only within its own chunk of `chunk` tokens (Llama-4). `sinks`: attention sinks, a learned logit per
-    head that enters the softmax and carries no value (gpt-oss; Xiao et al. 2023, arXiv 2309.17453). `gate`: the heads'
-    output is multiplied by the sigmoid of a projection of the layer's input, one gate per head or per feature (Qiu et
-    al. 2025, arXiv 2505.06708); `gate_function`: or by its softplus (Laguna); `gate_bias`: the projection has a bias
-    per head (Beam). `softcap`: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118).
-    `scale` multiplies the scores; null is `1 / sqrt(head_dim)`. `clip`: queries and keys (after a norm before RoPE) and
-    values are clipped to [-clip, clip] (MPT, DBRX, OLMoE). Values are `value_head_dim` wide (null: `head_dim`) and
-    multiplied by `value_multiplier` (MiMo-V2); `value_norm` normalizes them per head; with `values_from_keys` values
-    have no projection and equal the projected keys, before any norm and RoPE (both: Gemma 4). `value_residual`: values
-    are mixed with those of the model's first layer, `(1 - mix) * own + mix * first`; mix is learned, initially 0.5
-    (Zhou et al. 2024, arXiv 2410.17897). `keys_of_layer`: KV sharing, keys and values are those of that earlier layer
-    (index from 0, repeats expanded), and this layer has no key or value projections and no cache (Gemma 3n, 4; Brandon
-    et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and values mix those of the last tokens, before any
-    norm. `key_temperature`: keys, after norm and rotation, are multiplied by a learned number per head (both: ZAYA1).
+    head that enters the softmax and carries no value (gpt-oss; Xiao et al. 2023, arXiv 2309.17453); `projected_sinks`:
+    the logit is a projection of the query's input. `gate`: the heads' output is multiplied by the sigmoid of a
+    projection of the layer's input, one gate per head or per feature (Qiu et al. 2025, arXiv 2505.06708);
+    `gate_function`: or by its softplus (Laguna); `gate_bias`: the projection has a bias per head (Beam). `softcap`:
+    scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). `scale` multiplies the scores; null is
+    `1 / sqrt(head_dim)`. `relative` adds a bias by distance and query behind all this. `qk_l2_clip`: queries, times a
+    learned scale, and keys that are longer than this L2 norm are shortened to it, before RoPE. `kv_convolution`: a
+    short convolution of the projected keys, and one of the values, before any norm. `clip`: queries and keys (after a
+    norm before RoPE) and values are clipped to [-clip, clip] (MPT, DBRX, OLMoE). Values are `value_head_dim` wide
+    (null: `head_dim`) and multiplied by `value_multiplier` (MiMo-V2); `value_norm` normalizes them per head; with
+    `values_from_keys` values have no projection and equal the projected keys, before any norm and RoPE (both: Gemma 4).
+    `value_residual`: values are mixed with those of the model's first layer, `(1 - mix) * own + mix * first`; mix is
+    learned, initially 0.5 (Zhou et al. 2024, arXiv 2410.17897). `keys_of_layer`: KV sharing, keys and values are those
+    of that earlier layer (index from 0, repeats expanded), and this layer has no key or value projections and no cache
+    (Gemma 3n, 4; Brandon et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and values mix those of the last
+    tokens, before any norm. `key_temperature`: keys, after norm and rotation, are multiplied by a learned number per
+    head (both: ZAYA1).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -84,6 +89,10 @@ class GroupedQueryAttentionSpec(Part):
     gate_bias: bool = False
     softcap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
+    relative: RelativePositionSpec | None = None
+    projected_sinks: bool = False
+    qk_l2_clip: PositiveFloat | None = None
+    kv_convolution: ResidualConvolutionSpec | None = None
     temperature_tuning: TemperatureTuningSpec | None = None
     value_norm: NormSpec | None = None
     value_multiplier: PositiveFloat = 1.0
@@ -97,6 +106,16 @@ class GroupedQueryAttentionSpec(Part):
     def value_dim(self) -> int:
         """Width of each head's values."""
         return self.head_dim if self.value_head_dim is None else self.value_head_dim
+
+    @property
+    def projects_values(self) -> bool:
+        """True if values are a projection of their own, not keys or halves of two tokens' values."""
+        return not self.values_from_keys and self.convolution is None
+
+    @property
+    def plain_scores(self) -> bool:
+        """True if scores are scaled products of queries and keys, and sinks constants: what kernels compute."""
+        return self.softcap is None and self.relative is None and not self.projected_sinks
 
     @model_validator(mode="after")
     def _sizes(self) -> "GroupedQueryAttentionSpec":
@@ -123,6 +142,12 @@ class GroupedQueryAttentionSpec(Part):
         if self.window is not None and self.chunk is not None:
             raise impossible(
                 "chunk", f"is {self.chunk}, but window is also set to {self.window}", "Set only one of them"
+            )
+        if self.sinks and self.projected_sinks:
+            raise impossible("projected_sinks", "is true, but sinks is also set", "Set only one of them")
+        if self.kv_convolution is not None and not (self.projects_values and self.keys_of_layer is None):
+            raise impossible(
+                "kv_convolution", "is set, but the layer does not project both keys and values", "Remove one of the two"
             )
         if self.values_from_keys and self.value_dim != self.head_dim:
             raise impossible(

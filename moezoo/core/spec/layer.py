@@ -8,10 +8,12 @@ from pydantic import PositiveFloat, PositiveInt, model_validator
 from moezoo.core.spec.attention import AttentionSpec, LatentAttentionSpec, NoAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.compressed_attention import CompressedAttentionSpec, CompressionSpec
+from moezoo.core.spec.convolution import ResidualConvolutionSpec
 from moezoo.core.spec.feed_forward import FeedForwardSpec
 from moezoo.core.spec.indexer import IndexerSpec
-from moezoo.core.spec.moe import MoESpec, ParallelFeedForwardSpec
+from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.ngram_embeddings import NGramEmbeddingsSpec
+from moezoo.core.spec.shared_experts import ParallelFeedForwardSpec
 
 
 class BlockFactorsSpec(Part):
@@ -37,7 +39,9 @@ class LayerSpec(Part):
     one block only: `attention: {kind: none}` leaves a feed-forward, and `mixer_only` means that there is none
     (Nemotron-H). `attention_norm_gate`, `feed_forward_norm_gate`: rank of a gate on the normalized input y of that
     block, `y * sigmoid(silu(y w_down) w_up)` (A.X-K2); null: none. `ngram_embeddings` are added to the residual stream
-    before the layer.
+    before the layer. `output_convolution`: a short convolution of what each block returns, before it is normalized or
+    added; `feed_forward_scale`: the dense feed-forward's output is multiplied by a learned number that starts at 1
+    (both: Inkling).
     """
 
     repeat: PositiveInt = 1
@@ -53,6 +57,8 @@ class LayerSpec(Part):
     attention_norm_gate: PositiveInt | None = None
     feed_forward_norm_gate: PositiveInt | None = None
     ngram_embeddings: NGramEmbeddingsSpec | None = None
+    output_convolution: ResidualConvolutionSpec | None = None
+    feed_forward_scale: bool = False
 
     @property
     def has_mixer(self) -> bool:
@@ -99,6 +105,15 @@ class LayerSpec(Part):
                 f"is parallel, which needs a norm before the MoE, but norm_placement {self.norm_placement} has none",
                 "Use norm_placement: pre or sandwich, or shared: {kind: sum, hidden_dim: ...}",
             )
+        return self
+
+    @model_validator(mode="after")
+    def _outputs(self) -> "LayerSpec":
+        if self.output_convolution is not None and (self.shortcut or self.output_convolution.dynamic):
+            other = "the layer has a shortcut" if self.shortcut else "it is dynamic, and has no heads"
+            raise impossible("output_convolution", f"is set, but {other}", "Remove one of the two")
+        if self.feed_forward_scale and self.feed_forward is None:
+            raise impossible("feed_forward_scale", "is true, but there is no dense feed_forward", "Remove it")
         return self
 
     @model_validator(mode="after")

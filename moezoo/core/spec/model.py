@@ -118,6 +118,8 @@ class PrecisionSpec(Part):
 class ModelSpec(Part):
     """A decoder-only language model. `vocab_size: null` in a config takes the size of the tokenizer's vocabulary.
 
+    `embedding_norm`: the embedded token is normalized, as blocks' inputs are, before its multiplier (BLOOM, arXiv
+    2211.05100; Inkling).
     `position`: position vectors added to the embedding, in addition to those inside attention. `softcap`: logits become
     `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `residual`: how blocks read from and add to the
     residual stream. `dropout`: rate of dropout on each block's residual update in training (Srivastava et al. 2014).
@@ -126,6 +128,7 @@ class ModelSpec(Part):
 
     vocab_size: PositiveInt | None = None
     embed_dim: PositiveInt
+    embedding_norm: bool = False
     position: EmbeddingPositionSpec | None = None
     layer_inputs: LayerInputsSpec | None = None
     layers: tuple[LayerSpec, ...]

@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
-from moezoo.core.spec.base import Part, default_kind, impossible
+from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.feed_forward import ExpertsSpec, FeedForwardSpec
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
@@ -13,7 +13,7 @@ from moezoo.core.spec.losses import (
     HeterogeneousBalanceLossSpec,
     LoadLossSpec,
 )
-from moezoo.core.spec.norms import NormSpec, RMSNormSpec
+from moezoo.core.spec.norms import NormSpec
 from moezoo.core.spec.routing import (
     ExpertChoiceSpec,
     GroupedTopKChoiceSpec,
@@ -24,6 +24,7 @@ from moezoo.core.spec.routing import (
     TopKChoiceSpec,
     TopPChoiceSpec,
 )
+from moezoo.core.spec.shared_experts import ParallelFeedForwardSpec, SharedExpertsSpec, SharedSpec
 
 # --- dispatch --------------------------------------------------------------------------------------------------------
 
@@ -90,38 +91,6 @@ class ZeroComputationSpec(Part):
         return self
 
 
-# --- shared experts --------------------------------------------------------------------------------------------------
-
-
-class SharedExpertsSpec(Part):
-    """Shared experts, of the same kind as the routed ones, computed for every token. Source: Dai 2024, 2401.06066.
-
-    Their sum equals one feed-forward of width `num_experts * hidden_dim`, and is stored and computed as such. It is
-    added to the routed experts' output (`sum`), added after multiplication by the sigmoid of a learned projection of
-    the token (`sigmoid_gated`; Qwen1.5-MoE), or averaged with it (`average`; Cohere). `bias`: set where the shared
-    experts differ from the routed ones (possible in ERNIE 4.5); null: as the routed experts.
-    """
-
-    kind: Literal["sum", "sigmoid_gated", "average"] = "sum"
-    num_experts: PositiveInt = 1
-    hidden_dim: PositiveInt
-    bias: bool | None = None
-
-
-class ParallelFeedForwardSpec(Part):
-    """Dense feed-forward in parallel with the routed experts, each with its own pre- and post-norm (Gemma 4).
-
-    `norm(feed_forward(layer_norm(x))) + norm(routed(norm(x)))`; the router sees x before any norm.
-    """
-
-    kind: Literal["parallel"] = "parallel"
-    feed_forward: FeedForwardSpec
-    norm: NormSpec = RMSNormSpec()
-
-
-SharedSpec = Annotated[SharedExpertsSpec | ParallelFeedForwardSpec, Field(discriminator="kind"), default_kind("sum")]
-
-
 # --- the MoE layer ---------------------------------------------------------------------------------------------------
 
 
@@ -152,6 +121,13 @@ class MoESpec(Part):
     def num_slots(self) -> int:
         """Maximum number of experts per token, the K of `expert_PK`: top_k, or all experts with expert choice."""
         return self.num_choices if isinstance(self.router.choice, ExpertChoiceSpec) else self.router.top_k
+
+    @property
+    def num_sinks(self) -> int:
+        """Number of shared experts that the router scores."""
+        return (
+            self.shared.num_experts if isinstance(self.shared, SharedExpertsSpec) and self.shared.kind == "sink" else 0
+        )
 
     @property
     def shared_feed_forward(self) -> FeedForwardSpec:
@@ -188,7 +164,7 @@ class MoESpec(Part):
         # The highest of E probabilities is at least 1 / E, which is p already.
         reaches_p = isinstance(choice, TopPChoiceSpec) and router.score == "softmax" and router.selection_bias is None
         one_of_p = isinstance(choice, TopPChoiceSpec) and reaches_p and choice.p * self.num_choices <= 1
-        divided = router.renormalize != "none" and router.renormalize_epsilon < 1e-3
+        divided = router.renormalize != "none" and router.renormalize_epsilon < 1e-3 and not self.num_sinks
         constant = divided or router.weight == "softmax_of_chosen"  # neither can be set with sparsemixer, expert_choice
         return self.num_choices == 1 or not ((router.top_k == 1 or one_of_p) and constant)
 
@@ -208,7 +184,7 @@ class MoESpec(Part):
                 f"has a duplicate: {', '.join(kinds)}",
                 "Use each loss once, with one coefficient",
             )
-        for check in (self._check_choice, self._check_zero_computation, self._check_losses):
+        for check in (self._check_choice, self._check_zero_computation, self._check_losses, self._check_sinks):
             check()
         return self
 
@@ -309,6 +285,23 @@ class MoESpec(Part):
                 "losses",
                 f"has {useless[0]}, but with choice expert_choice every expert takes equally many tokens",
                 "Remove it",
+            )
+
+    def _check_sinks(self) -> None:
+        if not self.num_sinks:
+            return
+        router = self.router
+        if router.score not in ("sigmoid", "sqrt_softplus") or router.weight != "score" or router.renormalize != "sum":
+            raise impossible(
+                "shared",
+                "is sink, whose scores take part in the renormalization of the experts' own",
+                "Use score: sigmoid or sqrt_softplus, weight: score and renormalize: sum in router",
+            )
+        if self.shared_feed_forward.bias:
+            raise impossible(
+                "shared.bias",
+                "is true, but with kind sink each shared expert has a weight, and biases are shared",
+                "Use bias: false",
             )
 
     def _check_zero_computation(self) -> None:

@@ -189,6 +189,20 @@ class NoPositionSpec(Part):
     kind: Literal["none"] = "none"
 
 
+class RelativePositionSpec(Part):
+    """Relative position logits: each score gets a bias by the distance of its key, which depends on the query too.
+
+    A token's input is projected to `dim` features per head, which weight as many learned profiles over the distances
+    0 to `extent - 1`, shared by all heads; beyond them the bias is 0. With `l2_clip` these features are multiplied by a
+    learned scale, then shortened to that L2 norm if they are longer. Source: Shaw et al. 2018, arXiv 1803.02155;
+    as profiles: Thinking Machines 2026 (Inkling, the code in transformers).
+    """
+
+    dim: PositiveInt = 16
+    extent: PositiveInt = 1024
+    l2_clip: PositiveFloat | None = None
+
+
 PositionSpec = Annotated[RoPESpec | NoPositionSpec, Field(discriminator="kind")]
 
 # --- added to the embedding ------------------------------------------------------------------------------------------

@@ -166,7 +166,8 @@ class RouterSpec(Part):
     - `weight` of a chosen expert: its `score`, or `softmax_of_chosen` or `sigmoid_of_chosen` logits.
     - `renormalize`: divide the K weights by their `sum`, or by their `p_norm` of order `renormalize_order` (DBRX).
       `renormalize_epsilon` is added to the divisor, or is its lower bound (`renormalize_floor`).
-    - `scale` multiplies the weights; `per_expert_scale` multiplies them by a learned scale per expert (Gemma 4).
+    - `scale` multiplies the weights, and so does `learned_scale`, a learned number that starts at 1 (Inkling);
+      `per_expert_scale` multiplies them by a learned scale per expert (Gemma 4).
     - `apply_to`: the weight multiplies the expert's `output`, or its `input` (Llama-4).
     """
 
@@ -189,6 +190,7 @@ class RouterSpec(Part):
     renormalize_epsilon: Annotated[float, Field(ge=0)] = 0.0
     renormalize_floor: bool = False
     scale: PositiveFloat = 1.0
+    learned_scale: bool = False
     per_expert_scale: bool = False
     apply_to: Literal["output", "input"] = "output"
     jitter: JitterSpec | None = None

@@ -28,7 +28,7 @@ class Chunk(NamedTuple):
 
 
 def uses_chunk_kernel(dtype: jnp.dtype) -> bool:
-    """Return True where `attend_in_chunks` computes causal attention without a softcap: float32 on the CPU."""
+    """Return True where `attend_in_chunks` computes causal attention of plain scores: float32 on the CPU."""
     return platform() == "cpu" and dtype == jnp.float32
 
 
@@ -36,7 +36,7 @@ def attention_path() -> str:
     """Return what computes causal attention of whole sequences, for the run's header."""
     if platform() != "cpu":
         return "all queries at once"
-    return "chunks of queries, custom gradient; with a softcap or in bfloat16: XLA's gradient"
+    return "chunks of queries, custom gradient; with a softcap, a bias or in bfloat16: XLA's gradient"
 
 
 Mask = Callable[[Chunk, Documents | None], jax.Array]

@@ -66,10 +66,10 @@ def attend_chunks(
     scale: float,
     sink_N: mx.array | None,
     *,
-    softcap: bool,
+    plain: bool,
 ) -> mx.array:
-    """Attend chunk by chunk of queries: fused on x86 unless there is a softcap, else by `attend_chunk` on streams."""
-    if is_x86_cpu() and not softcap:
+    """Attend chunk by chunk of queries: fused on x86 for plain scores, else by `attend_chunk` on streams."""
+    if is_x86_cpu() and plain:
         dtype = query_BTMGH.dtype
         query_BTMGH, key_BTMH, value_BTMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BTMH, value_BTMH))
         return attend_in_chunks(query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N).astype(dtype)

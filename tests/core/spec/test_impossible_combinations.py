@@ -140,6 +140,34 @@ CASES = {
         f"{ATTENTION}.compression.indexer.head_dim is 2, but it rotates rope_head_dim = 4 features (x.yaml). Use at "
         "least 4.",
     ),
+    "sinks twice": (
+        attention(sinks=True, projected_sinks=True),
+        f"{ATTENTION}.projected_sinks is true, but sinks is also set (x.yaml). Set only one of them.",
+    ),
+    "kv_convolution with values_from_keys": (
+        attention(kv_convolution={}, values_from_keys=True),
+        f"{ATTENTION}.kv_convolution is set, but the layer does not project both keys and values (x.yaml). Remove one "
+        "of the two.",
+    ),
+    "dynamic output_convolution": (
+        model(layer(output_convolution={"dynamic": True})),
+        "model.layers[0].output_convolution is set, but it is dynamic, and has no heads (x.yaml). Remove one of the "
+        "two.",
+    ),
+    "feed_forward_scale of a MoE layer": (
+        model(layer(feed_forward_scale=True)),
+        "model.layers[0].feed_forward_scale is true, but there is no dense feed_forward (x.yaml). Remove it.",
+    ),
+    "sink of a softmax": (
+        model(layer(moe=moe_of(shared={"kind": "sink", "hidden_dim": 4}))),
+        "model.layers[0].moe.shared is sink, whose scores take part in the renormalization of the experts' own "
+        "(x.yaml). Use score: sigmoid or sqrt_softplus, weight: score and renormalize: sum in router.",
+    ),
+    "sink with biases": (
+        model(layer(moe=moe_of({"score": "sigmoid"}, shared={"kind": "sink", "hidden_dim": 4, "bias": True}))),
+        "model.layers[0].moe.shared.bias is true, but with kind sink each shared expert has a weight, and biases are "
+        "shared (x.yaml). Use bias: false.",
+    ),
     "gate_bias without gate": (
         attention(gate_bias=True),
         f"{ATTENTION}.gate is null, but gate_function or gate_bias is set (x.yaml). Use gate: headwise or elementwise, "
