@@ -50,7 +50,7 @@ def routing_of(expert_PK, weight_PK, num_choices=E, valid_PK=None) -> Routing:
     valid_PK = np.ones(expert_PK.shape, bool) if valid_PK is None else valid_PK
     score_PE = np.zeros((len(expert_PK), num_choices))
     margin_P = np.full(len(expert_PK), np.inf)
-    return Routing(expert_PK, valid_PK, weight_PK, score_PE, score_PE, score_PE, None, None, None, None, margin_P)
+    return Routing(expert_PK, valid_PK, weight_PK, score_PE, score_PE, score_PE, None, None, None, None, None, margin_P)
 
 
 def drawn(num_choices=E, slots=K, share_used=1.0) -> Routing:

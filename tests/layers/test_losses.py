@@ -95,7 +95,18 @@ def routing_of(logits_PE, top_k: int = K, *, noise_PE=None, noise_scale_PE=None,
     valid_PK = np.ones(expert_PK.shape, bool)
     clean_PE = None if noise_PE is None else logits_PE
     return Routing(
-        expert_PK, valid_PK, weight_PK, score_PE, noisy_PE, noisy_PE, clean_PE, noise_scale_PE, None, None, np.ones(P)
+        expert_PK,
+        valid_PK,
+        weight_PK,
+        score_PE,
+        noisy_PE,
+        noisy_PE,
+        clean_PE,
+        noise_scale_PE,
+        None,
+        None,
+        None,
+        np.ones(P),
     )
 
 
