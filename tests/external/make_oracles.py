@@ -249,7 +249,9 @@ def answered(model: torch.nn.Module, prompt: torch.Tensor, *, keep_hidden: bool)
     model.zero_grad()
     answers |= routings.arrays()
     if keep_hidden:
-        answers["hidden"] = torch.stack([hidden[0].detach() for hidden in output.hidden_states]).numpy()
+        hidden = [hidden[0].detach() for hidden in output.hidden_states]
+        # Of several residual streams, their mean.
+        answers["hidden"] = torch.stack([each.mean(1) if each.ndim == 3 else each for each in hidden]).numpy()
     with torch.no_grad():
         pooled = model(prompt, labels=prompt, use_cache=False, output_router_logits=True)
     if pooled.get("aux_loss") is not None:

@@ -33,13 +33,13 @@ LAWS = {
 # the first matching pattern decides
 LAW_OF_NAME = (
     (r"e_score_correction_bias$|expert_bias$", "correction"),
-    (r"sinks$|attention_sink_bias$|softmax_offset$", "sink"),
+    (r"sinks$|attention_sink_bias$|softmax_offset$|sink_param$", "sink"),
     (r"A_log$", "log_decay"),
     (r"dt_bias$", "time_step"),
     (r"conv1d\.weight$|conv\.conv\.weight$", "convolution"),
-    (r"layer_scalar$|per_expert_scale$|router\.scale$", "scale"),
+    (r"layer_scalar$|per_expert_scale$|router\.scale$|hc(_head)?_scale$|hc\.scale$", "scale"),
     (r"embed_tokens\.weight$|wte\.weight$", "embedding"),
-    (r"bias$", "bias"),
+    (r"bias$|hc(_head)?_base$|hc\.base$", "bias"),
     (r"norm(_1|_2|_f)?(\.\d)?\.weight$", "norm"),
     (r"\.(gate|router|router\.layer|router\.gate|router\.classifier|gate\.wg|router\.proj)\.weight$", "router"),
 )
@@ -137,6 +137,17 @@ def with_identity_rows(tensors: Stored) -> Stored:
         if re.search(r"experts\.0\.(gate|up)_proj", name)
     }
     return tensors | zero
+
+
+def with_hy_v4_names(shapes: Shapes) -> Shapes:
+    """Undo what transformers 5.23 renames too much when it saves: `hc_pre` comes first, and all gates are renamed."""
+
+    def name_of(name: str) -> str:
+        name = re.sub(r"(mlp\..*)linear_gate\.", r"\1gate_proj.", name)
+        name = re.sub(r"hc_pre\.(hc_(attn|mlp)_layer\.)", r"\1hc_pre.", name)
+        return name.replace("model.hc_pre.hc_head.", "model.hc_head.")
+
+    return {name_of(name): shape for name, shape in shapes.items()}
 
 
 def with_fused_experts(shapes: Shapes) -> Shapes:

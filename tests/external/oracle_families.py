@@ -8,6 +8,7 @@ from oracle_case import (
     in_mxfp4,
     with_decays,
     with_fused_experts,
+    with_hy_v4_names,
     with_identity_rows,
     without_decays,
     without_e4m3_blocks,
@@ -118,6 +119,36 @@ add(
     keep_hidden=True,
     hub_only=dict(indexer_rope_interleave=True, moe_router_dtype="float32"),
     **GLM_MOE_DSA | dict(index_topk_freq=2, index_skip_topk_offset=1),
+)
+HY_V4 = dict(
+    model_type="hy_v4",
+    max_position_embeddings=4096,
+    num_hidden_layers=4,
+    intermediate_size=40,
+    moe_intermediate_size=20,
+    n_routed_experts=7,
+    num_experts_per_tok=2,
+    n_shared_experts=2,
+    routed_scaling_factor=2.827,
+    index_n_heads=16,
+    index_head_dim=12,
+    index_topk=8,
+    indexer_types=["full", "shared", "full", "shared"],
+    mlp_layer_types=["dense", "sparse", "sparse", "sparse"],
+    hc_mult=3,
+    hc_magnitude=1.5,
+    hc_eps=1e-3,
+    swiglu_limit=0.5,
+    rope_theta=1e4,
+    rope_scaling=YARN,
+    **MLA,
+)
+add(
+    "hy_v4",
+    "three residual streams, sinks and gates of features beside sparse attention, clamped experts but a shared one",
+    keep_hidden=True,
+    as_on_the_hub=with_hy_v4_names,
+    **HY_V4,
 )
 AXK1 = DEEPSEEK_V3 | dict(model_type="axk1", scoring_func=..., topk_method=..., num_nextn_predict_layers=...)
 AXK2 = AXK1 | dict(

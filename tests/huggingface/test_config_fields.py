@@ -41,7 +41,7 @@ IDLE = {
     "layer_norm_eps": ("cohere2_moe_sigmoid",),
     "norm_topk_prob": ("cohere2_moe",),
     "prefix_dense_sliding_window_pattern": ("cohere2_moe_sigmoid",),
-    "topk_group": ("dots1_plain", "glm4_moe", "glm_moe_dsa", "nemotron_h"),
+    "topk_group": ("dots1_plain", "glm4_moe", "glm_moe_dsa", "hy_v4", "nemotron_h"),
     "position_embedding_type": ("granitemoehybrid",),
     "attn_layer_period": ("jamba",),
     "use_double_wide_mlp": ("gemma4*",),

@@ -41,6 +41,9 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
             {"index_topk_pattern": "FXF", "indexer_types": ...},
             "each layer to be one of full, sh",
         ),
+        ("hy_v4", {"indexer_types": ["shared", "full", "full", "full"]}, "indexer_types is .* the first one full"),
+        ("hy_v4", {"n_shared_experts": 0}, "n_shared_experts is 0; expected at least 1"),
+        ("hy_v4", {"hc_mult": 0}, "hc_mult is 0"),
         ("axk2", {"n_group": 4, "topk_group": 2}, "n_group is 4; expected 1"),
         ("axk2", {"rope_interleave": False}, "rope_interleave is false; expected true"),
         ("axk1", {"first_k_dense_replace": 2}, "mlp_layer_types is .* which follows from first_k_dense_replace 2"),
@@ -120,3 +123,28 @@ def test_gate_tensors_of_copy_experts_are_kept(tmp_path: Path) -> None:
     ]
     folder = write_described(description | {"tensors": description["tensors"] + more}, tmp_path / "more")
     assert open_checkpoint(folder).ledger.counts()["kept"] == 12
+
+
+@pytest.mark.parametrize(
+    "renamed",
+    [
+        (("hc_attn_layer.hc_pre.hc_", "attn_hc."), ("hc_mlp_layer.hc_pre.hc_", "ffn_hc."), ("hc_head_", "hc_")),
+        (("hc_attn_layer.hc_pre.", "hc_pre.hc_attn_layer."), ("model.hc_head.", "model.hc_pre.hc_head.")),
+    ],
+    ids=["inside of transformers 5", "as transformers 5.23 saves them"],
+)
+def test_other_names_of_hy_v4_are_mapped(renamed: tuple[tuple[str, str], ...], tmp_path: Path) -> None:
+    """Streams, sinks and gates; those of the release are the fixture's."""
+    description = read_fixture("hy_v4").description
+    if len(renamed) == 3:
+        renamed += (("linear_gate", "gate_proj"), ("learnable_sink_param", "sinks"))
+    else:
+        renamed += (("hc_mlp_layer.hc_pre.", "hc_pre.hc_mlp_layer."), ("gate_proj", "linear_gate"))
+    lines = []
+    for pattern, *rest in description["tensors"]:
+        for theirs, other in renamed:
+            pattern = pattern.replace(theirs, other)
+        lines.append([pattern, *rest])
+    assert sum(line not in description["tensors"] for line in lines) >= 10
+    write_described(description | {"tensors": lines}, tmp_path)
+    assert set(open_checkpoint(tmp_path).ledger.counts()) == {"mapped"}

@@ -27,6 +27,7 @@ NOT_THERE = {
     "flint",
     "granitemoe_swa",
     "hy_v3",
+    "hy_v4",
     "kolibri1",
 }
 

@@ -15,6 +15,7 @@ from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.routing import jittered_input
 from moezoo.core.spec import (
     CapacitySpec,
+    ClampedSwiGLUSpec,
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,
     JitterSpec,
@@ -60,6 +61,9 @@ SPECS = {
     "shared": moe_of(shared=SharedExpertsSpec(num_experts=2, hidden_dim=9)),
     "shared behind a gate": moe_of(shared=SharedExpertsSpec(kind="sigmoid_gated", num_experts=2, hidden_dim=9)),
     "shared average": moe_of(shared=SharedExpertsSpec(kind="average", num_experts=2, hidden_dim=9)),
+    "shared, not clamped": moe_of(
+        experts=ClampedSwiGLUSpec(hidden_dim=F, limit=0.5), shared=SharedExpertsSpec(hidden_dim=9, activation="swiglu")
+    ),
     "shared, with biases alone": moe_of(shared=SharedExpertsSpec(hidden_dim=9, bias=True)),
     "parallel": moe_of(shared=ParallelFeedForwardSpec(feed_forward=PlainFeedForwardSpec(kind="relu", hidden_dim=9))),
     "weight on input": moe_of(router=ON_INPUT, dispatch=CapacitySpec(factor=0.6)),

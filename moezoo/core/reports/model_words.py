@@ -311,7 +311,7 @@ def _moe(spec: MoESpec) -> str:
     match spec.shared:
         case SharedExpertsSpec(num_experts=number, hidden_dim=width, kind=kind):
             how = "" if kind == "sum" else f", {kind.replace('_', ' ')}"
-            parts.append(f"{number} shared, {_FEED_FORWARDS[spec.experts.kind]} {width}{how}")
+            parts.append(f"{number} shared, {_FEED_FORWARDS[spec.shared_feed_forward.kind]} {width}{how}")
         case ParallelFeedForwardSpec(feed_forward=feed_forward):
             parts.append(f"{_feed_forward(feed_forward)} in parallel")
         case None:

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from moezoo.core.spec.base import Part, impossible
-from moezoo.core.spec.feed_forward import ExpertsSpec, FeedForwardSpec
+from moezoo.core.spec.feed_forward import ExpertsSpec, FeedForwardSpec, GatedFeedForwardSpec
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -133,8 +133,10 @@ class MoESpec(Part):
     def shared_feed_forward(self) -> FeedForwardSpec:
         """The dense feed-forward computed for every token. Raises ValueError if `shared` is null."""
         match self.shared:
-            case SharedExpertsSpec(num_experts=number, hidden_dim=width, bias=bias):
+            case SharedExpertsSpec(num_experts=number, hidden_dim=width, bias=bias, activation=activation):
                 bias = self.experts.bias if bias is None else bias
+                if activation is not None:
+                    return GatedFeedForwardSpec(kind=activation, hidden_dim=number * width, bias=bias)
                 return self.experts.model_copy(update={"hidden_dim": number * width, "bias": bias})
             case ParallelFeedForwardSpec(feed_forward=feed_forward):
                 return feed_forward

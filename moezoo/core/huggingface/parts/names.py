@@ -74,6 +74,19 @@ def latent(theirs: str = f"{LAYER}.self_attn", ours: str = f"{OURS}.attention") 
     )
 
 
+def hyper_connection(names: tuple[str, str, str], ours: str, *, mixed: bool) -> tuple[Fused, ...]:
+    """Return rules for the maps of one block to weights of streams, their biases and scales: `names` of theirs."""
+    outputs = {"read": "i", "write": "u", **({"mix": "m n"} if mixed else {})}
+    found = []
+    for name, axes, each in zip(names, ("x (j d)", "x", "x"), ("j d ", "", ""), strict=True):
+        which = {key: f"w_{key}" if each else f"b_{key}" for key in outputs}
+        parts = [Part(f"{ours}.{which[key]}", letters, f"{each}{letters}") for key, letters in outputs.items()]
+        if name == names[-1]:
+            parts = [Part(f"{ours}.{key}_scale", "y", "y") for key in outputs]
+        found.append(Fused(name, axes, tuple(parts)))
+    return tuple(found)
+
+
 def feed_forward(
     theirs: str,
     ours: str,
