@@ -33,8 +33,12 @@ class GatedDeltaAttention(nn.Module):
         self.conv_key = weights.parameter("conv_key")
         self.w_value = weights.parameter("w_value")
         self.conv_value = weights.parameter("conv_value")
+        if spec.gate_rank is not None:
+            self.w_gate_down = weights.parameter("w_gate_down")
         self.w_gate = weights.parameter("w_gate")
         self.w_beta = weights.parameter("w_beta")
+        if spec.decay_rank is not None:
+            self.w_decay_down = weights.parameter("w_decay_down")
         self.w_decay = weights.parameter("w_decay")
         self.decay_bias = weights.parameter("decay_bias")
         self.log_decay_rate = weights.parameter("log_decay_rate")
@@ -56,20 +60,17 @@ class GatedDeltaAttention(nn.Module):
         query = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_query.astype(dtype))
         key = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
         value = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_value.astype(dtype))
-        gate = projection.einsum("BTD,DNZ->BTNZ", x_BTD, self.w_gate.astype(dtype)).astype(mx.float32)
         beta = mx.sigmoid(projection.einsum("BTD,DN->BTN", x_BTD, self.w_beta.astype(dtype)).astype(mx.float32))
-        step = projection.einsum("BTD,DN->BTN", x_BTD, self.w_decay.astype(dtype)).astype(mx.float32)
-        rate = mx.exp(self.log_decay_rate.astype(mx.float32))
-        log_decay = -rate * nn.softplus(step + self.decay_bias.astype(mx.float32))
+        log_decay = self._log_decay(x_BTD)
         batch, length = x_BTD.shape[:2]
         if first_B is not None:  # padding keeps a state of zeros, and is zero as an input of the convolutions
             real_BT1 = positions(length, 0 if cache is None else cache.length, first_B)[..., None] >= 0
-            beta, log_decay = mx.where(real_BT1, beta, 0.0), mx.where(real_BT1, log_decay, 0.0)
+            beta, log_decay = mx.where(real_BT1, beta, 0.0), mx.where(real_BT1[..., None], log_decay, 0.0)
             query, key, value = (mx.where(real_BT1[..., None], x, 0).astype(dtype) for x in (query, key, value))
         if documents is not None:
-            log_decay = mx.where(documents.position_BT[..., None] == 0, FORGETS, log_decay)
+            log_decay = mx.where(documents.position_BT[..., None, None] == 0, FORGETS, log_decay)
         past = empty_recurrent_cache(spec, batch, dtype) if cache is None else cache
-        grouped = (batch, length, spec.num_key_heads, -1)
+        grouped = (batch, length, spec.num_key_heads, spec.num_value_heads // spec.num_key_heads)
         attended, state_BMGHZ = gated_delta_rule(
             unit(nn.silu(causal_convolution(query, self.conv_query, past.query_BSMH, documents)))
             / math.sqrt(spec.key_head_dim),
@@ -78,13 +79,38 @@ class GatedDeltaAttention(nn.Module):
                 *grouped, spec.value_head_dim
             ),
             beta.reshape(grouped),
-            log_decay.reshape(grouped),
+            log_decay.reshape(*grouped, -1),
             past.state_BMGHZ,
         )
         if cache is not None:
             cache = cache.extend(state_BMGHZ, query, key, value)
-        normed = (self.output_norm(attended.reshape(value.shape)) * nn.silu(gate)).astype(dtype)
+        normed = (self.output_norm(attended.reshape(value.shape)) * self._gate(x_BTD)).astype(dtype)
         return Attended(projection.einsum("BTNZ,NZD->BTD", normed, self.w_output.astype(dtype)), cache, None, None)
+
+    def _gate(self, x_BTD: mx.array) -> mx.array:
+        """Return the gate of the output [B, T, N, Z], in float32."""
+        spec, dtype = self.spec, x_BTD.dtype
+        if spec.gate_rank is not None:
+            x_BTD = projection.einsum("BTD,DF->BTF", x_BTD, self.w_gate_down.astype(dtype))
+        gate = projection.einsum("BTF,FNZ->BTNZ", x_BTD, self.w_gate.astype(dtype)).astype(mx.float32)
+        return nn.silu(gate) if spec.gate == "silu" else mx.sigmoid(gate)
+
+    def _log_decay(self, x_BTD: mx.array) -> mx.array:
+        """Return the logarithms of the decays [B, T, N, H], or [B, T, N, 1] if they are per head, in float32."""
+        spec, dtype = self.spec, x_BTD.dtype
+        if spec.decay_rank is not None:
+            x_BTD = projection.einsum("BTD,DF->BTF", x_BTD, self.w_decay_down.astype(dtype))
+        bias = self.decay_bias.astype(mx.float32)
+        if spec.decay == "channel":
+            step = projection.einsum("BTF,FNH->BTNH", x_BTD, self.w_decay.astype(dtype)).astype(mx.float32) + bias
+        else:
+            step = projection.einsum("BTF,FN->BTN", x_BTD, self.w_decay.astype(dtype)).astype(mx.float32) + bias
+            step = step[..., None]
+        rate_N1 = mx.exp(self.log_decay_rate.astype(mx.float32))[:, None]
+        if spec.log_decay_floor is None:
+            unbounded: mx.array = -rate_N1 * nn.softplus(step)
+            return unbounded
+        return spec.log_decay_floor * mx.sigmoid(rate_N1 * step)
 
 
 def gated_delta_rule(
@@ -92,45 +118,95 @@ def gated_delta_rule(
     key_BTMH: mx.array,
     value_BTMGZ: mx.array,
     beta_BTMG: mx.array,
-    log_decay_BTMG: mx.array,
+    log_decay_BTMGH: mx.array,
     state_BMGHZ: mx.array,
     chunk: int = CHUNK,
 ) -> tuple[mx.array, mx.array]:
     """Spec: moezoo.core.reference.delta_attention.gated_delta_rule_in_chunks; takes a state, and returns the last one.
 
-    All float32. One token is a chunk of one, which is the recurrence.
+    All float32. One token is a chunk of one, which is the recurrence. `log_decay_BTMGH` may have 1 in place of H.
     """
     length = key_BTMH.shape[1]
-    chunk = min(chunk, length)
-    query_BMTH, key_BMTH, value_BMGTZ = (
-        in_chunks(x, chunk).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ)
+    chunk = min(chunk, 1 << (length - 1).bit_length())
+    query_BMTH, key_BMTH, value_BMGTZ, log_decay_BMGTH = (
+        in_chunks(x, chunk).swapaxes(-1, -2) for x in (query_BTMH, key_BTMH, value_BTMGZ, log_decay_BTMGH)
     )
-    beta_BMGT, log_decay_BMGT = in_chunks(beta_BTMG, chunk), in_chunks(log_decay_BTMG, chunk)
-    decay_BMGTS, decay_BMGT1 = decays(log_decay_BMGT)
-    overlap_BMTS = mx.einsum("...MTH,...MSH->...MTS", key_BMTH, key_BMTH)
-    score_BMTS = mx.einsum("...MTH,...MSH->...MTS", query_BMTH, key_BMTH)
-    lower_BMGTS = mx.tril(beta_BMGT[..., None] * decay_BMGTS * overlap_BMTS[..., None, :, :], -1)
-    inverse_BMGTS = _inverse_of_one_plus(lower_BMGTS)
-    score_BMGTS = decay_BMGTS * score_BMTS[..., None, :, :]
+    beta_BMGT = in_chunks(beta_BTMG, chunk)
+    overlap_BMGTS = _decayed_products(key_BMTH, key_BMTH, log_decay_BMGTH)
+    score_BMGTS = _decayed_products(query_BMTH, key_BMTH, log_decay_BMGTH)
+    inverse_BMGTS = _inverse_of_one_plus(mx.tril(beta_BMGT[..., None] * overlap_BMGTS, -1))
+    decay_BMGTH, to_end_BMGTH = mx.exp(mx.cumsum(log_decay_BMGTH, axis=-2)), mx.exp(_later(log_decay_BMGTH))
 
     def one_chunk(state_BMGHZ: mx.array, parts: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-        query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS = parts
-        known_BMGTZ = decay_BMGT1 * mx.einsum("BMTH,BMGHZ->BMGTZ", key_BMTH, state_BMGHZ)
-        wanted_BMGTZ = beta_BMGT[..., None] * (value_BMGTZ - known_BMGTZ)
+        query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTH, to_end_BMGTH, inverse_BMGTS, score_BMGTS = parts
+        wanted_BMGTZ = beta_BMGT[..., None] * (value_BMGTZ - _read(key_BMTH, decay_BMGTH, state_BMGHZ))
         change_BMGTZ = mx.einsum("BMGTS,BMGSZ->BMGTZ", inverse_BMGTS, wanted_BMGTZ)
-        read_BMGTZ = decay_BMGT1 * mx.einsum("BMTH,BMGHZ->BMGTZ", query_BMTH, state_BMGHZ)
+        read_BMGTZ = _read(query_BMTH, decay_BMGTH, state_BMGHZ)
         read_BMGTZ = read_BMGTZ + mx.einsum("BMGTS,BMGSZ->BMGTZ", score_BMGTS, change_BMGTZ)
-        decayed_change_BMGTZ = decay_BMGTS[..., -1, :, None] * change_BMGTZ
-        state_BMGHZ = decay_BMGT1[..., -1:, :] * state_BMGHZ
-        state_BMGHZ = state_BMGHZ + mx.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, decayed_change_BMGTZ)
-        return state_BMGHZ, read_BMGTZ
+        state_BMGHZ = decay_BMGTH[..., -1, :, None] * state_BMGHZ
+        return state_BMGHZ + _written(key_BMTH, to_end_BMGTH, change_BMGTZ), read_BMGTZ
 
-    parts = (query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTS, decay_BMGT1, inverse_BMGTS, score_BMGTS)
+    parts = (query_BMTH, key_BMTH, value_BMGTZ, beta_BMGT, decay_BMGTH, to_end_BMGTH, inverse_BMGTS, score_BMGTS)
     reads = []
     for index in range(len(key_BMTH)):
         state_BMGHZ, read_BMGTZ = one_chunk(state_BMGHZ, tuple(part[index] for part in parts))
         reads.append(read_BMGTZ.moveaxis(-2, 1))
     return mx.concatenate(reads, axis=1)[:, :length], state_BMGHZ
+
+
+def _read(x_BMTH: mx.array, decay_BMGTH: mx.array, state_BMGHZ: mx.array) -> mx.array:
+    """Return what the decayed state holds for queries or keys [B, M, G, T, Z]. A decay per head needs no copy of x."""
+    if decay_BMGTH.shape[-1] == 1:
+        return decay_BMGTH * mx.einsum("BMTH,BMGHZ->BMGTZ", x_BMTH, state_BMGHZ)
+    return mx.einsum("BMGTH,BMGHZ->BMGTZ", decay_BMGTH * x_BMTH[:, :, None], state_BMGHZ)
+
+
+def _written(key_BMTH: mx.array, decay_BMGTH: mx.array, change_BMGTZ: mx.array) -> mx.array:
+    """Return what the tokens add to the state at the end of the chunk [B, M, G, H, Z]."""
+    if decay_BMGTH.shape[-1] == 1:
+        return mx.einsum("BMTH,BMGTZ->BMGHZ", key_BMTH, decay_BMGTH * change_BMGTZ)
+    return mx.einsum("BMGTH,BMGTZ->BMGHZ", decay_BMGTH * key_BMTH[:, :, None], change_BMGTZ)
+
+
+def _decayed_products(left_BMTH: mx.array, right_BMTH: mx.array, log_decay_BMGTH: mx.array) -> mx.array:
+    """Return `sum over h of left_th right_sh decay_h(t, s)` for s <= t, and 0 for s > t: [..., B, M, G, T, S].
+
+    All [..., T, H], with T a power of two; `log_decay_BMGTH` may have 1 in place of H.
+
+    Pairs of blocks of tokens are merged, from single tokens up. The decay between tokens of two neighboring blocks is
+    the product of that to the end of the first and that from the start of the second: neither overflows, and neither
+    is a difference of sums, which would lose digits.
+    """
+    *batch, length, head_dim = log_decay_BMGTH.shape
+    if head_dim == 1:
+        product_BMTS = mx.einsum("...MTH,...MSH->...MTS", left_BMTH, right_BMTH)
+        return decays(log_decay_BMGTH[..., 0])[0] * product_BMTS[..., None, :, :]
+    left, right, log_decay = (
+        mx.broadcast_to(x, (*batch, length, head_dim)).reshape(-1, length, head_dim)
+        for x in (left_BMTH[..., None, :, :], right_BMTH[..., None, :, :], log_decay_BMGTH)
+    )
+    product = mx.sum(left * right, axis=-1)[..., None, None]
+    size = 1
+    while size < length:
+        (_, left_2), (right_1, _), (log_decay_1, log_decay_2) = (_halves(x, size) for x in (left, right, log_decay))
+        left_2 = left_2 * mx.exp(mx.cumsum(log_decay_2, axis=-2))
+        between = left_2 @ (right_1 * mx.exp(_later(log_decay_1))).swapaxes(-1, -2)
+        first, second = product[..., ::2, :, :], product[..., 1::2, :, :]
+        above = mx.concatenate([first, mx.zeros_like(between)], axis=-1)
+        product = mx.concatenate([above, mx.concatenate([between, second], axis=-1)], axis=-2)
+        size *= 2
+    return product.reshape(*batch, length, length)
+
+
+def _halves(x: mx.array, size: int) -> tuple[mx.array, mx.array]:
+    """Return the first and the second block of `size` tokens of each pair: [..., T, H] -> two [..., pairs, size, H]."""
+    pairs = x.reshape(*x.shape[:-2], -1, 2, size, x.shape[-1])
+    return pairs[..., 0, :, :], pairs[..., 1, :, :]
+
+
+def _later(log_decay: mx.array) -> mx.array:
+    """Return the sum over later tokens, of [..., T, H]."""
+    return mx.cumsum(log_decay, axis=-2, reverse=True, inclusive=False)
 
 
 def unit(x: mx.array) -> mx.array:

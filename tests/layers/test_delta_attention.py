@@ -50,6 +50,16 @@ VALUES = {
     "output_norm.scale": normal(12, Z),
     "w_output": 0.3 * normal(13, N, Z, D),
 }
+PER_CHANNEL = SPEC.model_copy(
+    update={"gate": "sigmoid", "gate_rank": 3, "decay": "channel", "decay_rank": 7, "log_decay_floor": -5.0}
+)
+VALUES_PER_CHANNEL = VALUES | {
+    "w_gate_down": 0.3 * normal(14, D, 3),
+    "w_gate": normal(15, 3, N, Z),
+    "w_decay_down": 0.3 * normal(16, D, 7),
+    "w_decay": normal(17, 7, N, H),
+    "decay_bias": normal(18, N, H),
+}
 X_BTD = normal(0, B, T, D)
 SEVERAL_CHUNKS = 70  # 32 is one chunk
 ORACLE = Path(__file__).parents[1] / "data" / "gated_delta_oracle.npz"
@@ -59,8 +69,8 @@ def layer_of(twin: Twin, spec: GatedDeltaAttentionSpec = SPEC, values=VALUES):
     return twin.module("delta_attention").GatedDeltaAttention(spec, twin.weights(values), 0)
 
 
-def reference(values, x_BTD):
-    return gated_delta_attention(SPEC, values, x_BTD).out_BTD
+def reference(values, x_BTD, spec: GatedDeltaAttentionSpec = SPEC):
+    return gated_delta_attention(spec, values, x_BTD).out_BTD
 
 
 def rule(twin: Twin, query, key, value, beta, log_decay) -> np.ndarray:
@@ -69,11 +79,14 @@ def rule(twin: Twin, query, key, value, beta, log_decay) -> np.ndarray:
     return twin.numpy(twin.compiled_function(twin.module("delta_attention").gated_delta_rule)(*arrays)[0])
 
 
-def rule_inputs(length: int) -> list[np.ndarray]:
-    """Return unit queries and keys, values, beta, and log decays, for decays from about 0.999 to 1e-20."""
+def rule_inputs(length: int, decays: int = 1) -> list[np.ndarray]:
+    """Return unit queries and keys, values, beta, and log decays, for decays from about 0.999 to 1e-20.
+
+    `decays`: 1 per head, or H, one per channel.
+    """
     query, key = unit(normal(1, B, length, M, H)), unit(normal(2, B, length, M, H))
     value, beta = normal(3, B, length, M, G, Z), 1 / (1 + np.exp(-normal(4, B, length, M, G)))
-    return [query, key, value, beta, -np.exp(2 * normal(5, B, length, M, G) - 2)]
+    return [query, key, value, beta, -np.exp(2 * normal(5, B, length, M, G, decays) - 2)]
 
 
 def caches(twin: Twin, batch: int):
@@ -87,6 +100,17 @@ def test_value_and_gradients_match_the_reference(twin):
 def test_sequences_of_several_chunks_match_the_reference(twin):
     x_BTD = normal(0, 2, SEVERAL_CHUNKS, D)
     assert_layer_matches(twin, layer_of(twin), lambda layer, x: layer(x).out_BTD, reference, VALUES, x_BTD)
+
+
+def test_decays_per_channel_match_the_reference_over_several_chunks(twin):
+    assert_layer_matches(
+        twin,
+        layer_of(twin, PER_CHANNEL, VALUES_PER_CHANNEL),
+        lambda layer, x: layer(x).out_BTD,
+        lambda values, x: reference(values, x, PER_CHANNEL),
+        VALUES_PER_CHANNEL,
+        normal(0, 2, SEVERAL_CHUNKS, D),
+    )
 
 
 def test_bfloat16_is_near_float32(twin):
@@ -103,9 +127,10 @@ def test_bfloat16_is_near_float32(twin):
     )
 
 
+@pytest.mark.parametrize("decays", [1, H])
 @pytest.mark.parametrize("chunk", [1, 3, 8, 64])
-def test_chunks_and_recurrence_are_the_same_function(chunk):
-    arrays = rule_inputs(11)
+def test_chunks_and_recurrence_are_the_same_function(chunk, decays):
+    arrays = rule_inputs(11, decays)
     assert_close(gated_delta_rule_in_chunks(*arrays, chunk), gated_delta_rule(*arrays), FLOAT64)
 
 
@@ -113,15 +138,17 @@ def test_repeated_keys_with_beta_of_one_stay_accurate(twin):
     """The worst case of the triangular system: each of 70 tokens overwrites the value of the token before it."""
     query, key, value, _, _ = rule_inputs(SEVERAL_CHUNKS)
     key[:] = key[:, :1]
-    ones, zeros = np.ones(value.shape[:-1]), np.zeros(value.shape[:-1])
+    ones, zeros = np.ones(value.shape[:-1]), np.zeros((*value.shape[:-1], 1))
     expected = gated_delta_rule(query, key, value, ones, zeros)
     assert_close(rule(twin, query, key, value, ones, zeros), expected, FLOAT32)
 
 
-def test_a_slow_decay_after_a_reset_stays_accurate(twin):
+@pytest.mark.parametrize("decays", [1, H])
+def test_a_slow_decay_after_a_reset_stays_accurate(twin, decays):
     """Differences of sums from the start of a chunk would lose four of seven digits after the -1000."""
-    query, key, value, beta, log_decay = rule_inputs(SEVERAL_CHUNKS)
-    log_decay = np.where(np.arange(SEVERAL_CHUNKS)[:, None, None] % 16 == 3, -1000.0, -0.01 * beta)
+    query, key, value, beta, log_decay = rule_inputs(SEVERAL_CHUNKS, decays)
+    resets = np.arange(SEVERAL_CHUNKS)[:, None, None, None] % 16 == 3
+    log_decay = np.where(resets, -1000.0, 0.01 * np.tanh(log_decay))
     expected = gated_delta_rule(query, key, value, beta, log_decay)
     assert_close(rule(twin, query, key, value, beta, log_decay), expected, FLOAT32)
 
@@ -131,7 +158,7 @@ def test_reading_a_rewritten_key_returns_its_new_value(twin):
     key = np.broadcast_to(np.eye(H)[[0, 1, 0, 2, 3]][None, :, None], (B, T, M, H))
     query = np.broadcast_to(np.eye(H)[[0, 0, 0, 1, 5]][None, :, None], (B, T, M, H))
     value = normal(3, B, T, M, G, Z)
-    ones, zeros = np.ones((B, T, M, G)), np.zeros((B, T, M, G))
+    ones, zeros = np.ones((B, T, M, G)), np.zeros((B, T, M, G, 1))
     read = rule(twin, query, key, value, ones, zeros)
     assert_close(read[:, :4], value[:, [0, 0, 2, 1]], FLOAT32)
     assert_close(read[:, 4], np.zeros((B, M, G, Z)), FLOAT32)

@@ -318,8 +318,9 @@ def attention_widths(attention: AttentionSpec, embed_dim: int) -> tuple[int, int
         case CompressedAttentionSpec():
             return attention.num_heads, (attention.num_heads + 1) * attention.head_dim + _entry_widths(attention)
         case GatedDeltaAttentionSpec():
-            keys = 2 * attention.num_key_heads * attention.key_head_dim
-            return 0, keys + 2 * attention.num_value_heads * attention.value_head_dim
+            keys, heads = 2 * attention.num_key_heads * attention.key_head_dim, attention.num_value_heads
+            decays = heads * attention.key_head_dim if attention.decay == "channel" else 0
+            return 0, keys + 2 * heads * attention.value_head_dim + decays
         case Mamba2Spec():
             keys = 2 * attention.num_groups * attention.state_dim
             return 0, keys + 2 * attention.num_heads * attention.head_dim

@@ -201,13 +201,25 @@ def _gated_delta(rows: Rows, name: str, spec: GatedDeltaAttentionSpec) -> Iterat
         yield rows.matrix(f"{name}.w_{which}", (d, heads, width), ("embed", axis, "head_dim"), "attention")
         shape, axes = (w, heads, width), ("source", axis, "head_dim")
         yield Parameter(f"{name}.conv_{which}", shape, axes, convolution, True, "attention")
-    yield rows.matrix(f"{name}.w_gate", (d, n, z), ("embed", "head", "head_dim"), "attention")
+    per_channel = spec.decay == "channel"
+    decays, decay_axes = ((n, h) if per_channel else (n,)), (("head", "head_dim") if per_channel else ("head",))
+    yield from _low_rank(rows, name, "gate", spec.gate_rank, (n, z), ("head", "head_dim"))
     yield rows.matrix(f"{name}.w_beta", (d, n), ("embed", "head"), "attention")
-    yield rows.matrix(f"{name}.w_decay", (d, n), ("embed", "head"), "attention")
-    yield rows.vector(f"{name}.decay_bias", (n,), ("head",), "attention", step)
+    yield from _low_rank(rows, name, "decay", spec.decay_rank, decays, decay_axes)
+    yield rows.vector(f"{name}.decay_bias", decays, decay_axes, "attention", step)
     yield rows.vector(f"{name}.log_decay_rate", (n,), ("head",), "attention", rate)
     yield from rows.norm(f"{name}.output_norm", spec.norm, (z,), ("head_dim",))
     yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
+
+
+def _low_rank(
+    rows: Rows, name: str, which: str, rank: int | None, shape: tuple[int, ...], axes: tuple[str, ...]
+) -> Iterator[Parameter]:
+    """Yield the matrix from the model width to `shape`, or the two matrices with `rank` features between them."""
+    source, axis = (rows.embed_dim, "embed") if rank is None else (rank, "latent")
+    if rank is not None:
+        yield rows.matrix(f"{name}.w_{which}_down", (rows.embed_dim, rank), ("embed", "latent"), "attention")
+    yield rows.matrix(f"{name}.w_{which}", (source, *shape), (axis, *axes), "attention")
 
 
 def _short_convolution(rows: Rows, name: str, spec: ShortConvolutionSpec) -> Iterator[Parameter]:

@@ -153,9 +153,7 @@ def attention_in_words(spec: AttentionSpec) -> str:
             parts += [_position(spec.position), f"window {spec.window}", *_compression(spec.compression)]
             parts.append(f"output in {spec.output_groups} groups of {spec.output_latent_dim}")
         case GatedDeltaAttentionSpec():
-            values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
-            keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"
-            parts = [f"gated delta, {values}, {keys}, convolution of {spec.conv_width}"]
+            parts = _gated_delta(spec)
         case Mamba2Spec():
             groups = "" if spec.num_groups == 1 else f", {spec.num_groups} groups"
             parts = [f"Mamba-2, {spec.num_heads} heads of {spec.head_dim}, state of {spec.state_dim}{groups}"]
@@ -234,6 +232,22 @@ def _norm(spec: NormSpec) -> str:
             return "RMS norm" if scale == "learned" else "zero-centred RMS norm"
         case _:
             assert_never(spec)
+
+
+def _gated_delta(spec: GatedDeltaAttentionSpec) -> list[str]:
+    values = f"{spec.num_value_heads} value heads of {spec.value_head_dim}"
+    keys = f"{spec.num_key_heads} key heads of {spec.key_head_dim}"
+    parts = [f"gated delta, {values}, {keys}, convolution of {spec.conv_width}"]
+    floor, rank = spec.log_decay_floor, spec.decay_rank
+    extra = (
+        ("decays per channel", spec.decay == "channel"),
+        (f"decays of rank {rank}", rank is not None),
+        (f"log decays above {floor}", floor is not None),
+        (f"gate of rank {spec.gate_rank}", spec.gate_rank is not None),
+        ("sigmoid gate", spec.gate == "sigmoid"),
+    )
+    parts.extend(word for word, there in extra if there)
+    return parts
 
 
 def _position(spec: PositionSpec) -> str:

@@ -271,7 +271,12 @@ class GatedDeltaAttentionSpec(Part):
     token decays the state, overwrites the value stored for its key (delta rule), and reads the state with its query.
     Groups of value heads share queries and keys (Qwen3-Next). Causal convolutions over `conv_width` tokens, the current
     one included, follow the projections of queries, keys and values. `norm` normalizes each head's output, before an
-    output gate.
+    output gate of kind `gate`.
+
+    `decay`: a factor per token and `head`, or also per `channel`, the features of the key (Kimi delta attention;
+    arXiv 2510.26692). With `log_decay_floor` its logarithm is `floor * sigmoid(...)`, in place of `-softplus(...)`
+    (Ling 3.0). `decay_rank`, `gate_rank`: width between the two matrices that project to decays and to the output
+    gate; null is one matrix.
     """
 
     kind: Literal["gated_delta"] = "gated_delta"
@@ -281,6 +286,11 @@ class GatedDeltaAttentionSpec(Part):
     value_head_dim: PositiveInt
     conv_width: Annotated[int, Field(ge=2)] = 4
     norm: NormSpec = RMSNormSpec()
+    gate: Literal["silu", "sigmoid"] = "silu"
+    gate_rank: PositiveInt | None = None
+    decay: Literal["head", "channel"] = "head"
+    decay_rank: PositiveInt | None = None
+    log_decay_floor: Annotated[float, Field(lt=0)] | None = None
 
     @model_validator(mode="after")
     def _sizes(self) -> "GatedDeltaAttentionSpec":

@@ -328,6 +328,10 @@ def test_linear_attention_costs_the_same_at_every_length_and_adds_nothing_to_the
     assert kv_cache_bytes_per_token(config.model) == 0
     saved = 4 * (4 * 20 + 3 * (2 * 2 * 3 + 2 * 4 * 5)) + 4 * (2 * 28 + 20)
     assert training_memory(config).activations == 3 * 5 * (saved + AROUND)
+    config = one_layer(DELTA.replace("}", ", decay: channel, decay_rank: 6, gate_rank: 2}"))
+    matrices = DELTA_MATRICES - 20 * 4 * 5 - 20 * 4 + (20 * 2 + 2 * 4 * 5) + (20 * 6 + 6 * 4 * 3)
+    assert parameter_counts(config.model).by_role["attention"] == matrices + 4 * 3 + 4
+    assert training_memory(config).activations == 3 * 5 * (saved + 4 * 3 * 4 * 3 + AROUND)
 
 
 def test_mamba2_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():

@@ -103,6 +103,11 @@ def spec_of(layer=None, **fields):
         ),
         (DELTA, "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4"),
         (
+            DELTA | {"decay": "channel", "decay_rank": 7, "log_decay_floor": -5, "gate": "sigmoid", "gate_rank": 6},
+            "gated delta, 4 value heads of 5, 2 key heads of 3, convolution of 4, decays per channel, "
+            "decays of rank 7, log decays above -5.0, gate of rank 6, sigmoid gate",
+        ),
+        (
             {"kind": "mamba", "inner_dim": 9, "state_dim": 4, "step_rank": 2, "norm": {}, "bias": True},
             "Mamba, 9 channels, state of 4, steps of rank 2, convolution of 4, norms, biases",
         ),
