@@ -48,7 +48,8 @@ def describe(
 
     PATH is a YAML config, a run folder, or a Hugging Face folder or hub id. Of a Hugging Face checkpoint, config.json
     alone is enough; the page also shows the parsed config, the tensor mapping, and the format, bits per weight and
-    bytes of weights by role. With --mesh, it shows how each parameter is sharded and its bytes per device instead.
+    bytes of weights by role; of a model that is designed here, the Hugging Face families that it can be exported as, or
+    what stands in the way. With --mesh, it shows how each parameter is sharded and its bytes per device instead.
     """
     from moezoo.core.reports.checkpoint_page import checkpoint_description, checkpoint_page
     from moezoo.core.reports.mesh_page import mesh_page
@@ -72,7 +73,7 @@ def describe(
         sharded = _sharded(path, config, mesh, devices)
         print_report(sharded, lambda: mesh_page(sharded), as_json)
     elif config is not None:
-        model = config_description(config)
+        model = config_description(config, exported=True)
         print_report(model, lambda: config_page(model, str(path)), as_json)
     else:
         checkpoint = checkpoint_description(checkpoint_folder(path, weights=False), limit)

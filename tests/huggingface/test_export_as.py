@@ -103,6 +103,6 @@ def test_the_same_layers_in_another_grouping_are_the_same_model() -> None:
 
 def test_a_model_without_a_matching_family_is_refused(tmp_path: Path) -> None:
     config = with_vocab_size(load_config("configs/tiny/expert_choice.yaml"), 64)
-    with pytest.raises(SpecError, match=r"The nearest is mixtral, but for model\.layers\[0\]\.moe\.router"):
+    with pytest.raises(SpecError, match=r"The nearest is mixtral, which has model\.layers\[0\]\.moe\.router"):
         export_as_family({}, config.model, tmp_path / "out", max_length=64)
     assert not (tmp_path / "out").exists()

@@ -1,7 +1,7 @@
 """Export of a model designed in moezoo as a checkpoint of a Hugging Face family with the same computation."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from moezoo.core.spec import LayerSpec, ModelSpec, PooledBalanceLossSpec, with_r
 
 Array = npt.NDArray[Any]
 
-_MOST_NEAREST = 3  # families that are searched for the nearest one if none computes a model
+_MOST_NEAREST = 2  # families that are searched for the nearest one if none computes a model
 _MOST_NAMED = 4  # differences in an error
 
 
@@ -44,6 +44,21 @@ class Exports:
     def obstacles(self) -> str:
         """The values that stand in the way of the nearest family, in the words of the config; empty if none do."""
         return "" if self.nearest is None else _obstacles(self.nearest)
+
+    @property
+    def words(self) -> str:
+        """Both in one line."""
+        if self.nearest is not None:
+            return f"no Hugging Face family computes this model; the nearest is {self.obstacles}"
+        first, *others = self.families
+        return f"as {first}" + (f" (or {', '.join(others)}, which compute the same)" if others else "")
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the names, and of the nearest family the differences, as plain data."""
+        if self.nearest is None:
+            return {"families": list(self.families)}
+        differences = [each._asdict() for each in self.nearest.differences]
+        return {"families": [], "nearest": {"family": self.nearest.family.name, "differences": differences}}
 
 
 def export_as_family(
@@ -83,22 +98,24 @@ def export_as_family(
 def family_for(spec: ModelSpec, max_length: int) -> tuple[Family, dict[str, Any]]:
     """Return the first family that parses the same model back, and its config.json. Raises as `export_as_family`."""
     wanted = _comparable(spec)
-    for candidate in _candidates(wanted):
-        solution = solve(candidate.family, wanted, {})
-        if solution.exact:
+    ranked = candidates(wanted, leaves_of(wanted))
+    for candidate in ranked:
+        solution = solve(candidate.family, wanted, {}) if candidate.possible else None
+        if solution is not None and solution.exact:
             return candidate.family, _whole_config(solution, spec, max_length)
     raise SpecError(
-        f"no Hugging Face family computes this model. The nearest is {_obstacles(_nearest(wanted))}. Save it with "
-        "format='moezoo', or change the model to fit this family."
+        f"no Hugging Face family computes this model. The nearest is {_obstacles(_nearest(wanted, ranked))}. Save "
+        "it with format='moezoo', or change the model to fit this family."
     )
 
 
 def exports(spec: ModelSpec) -> Exports:
     """Return the families that compute a model, or else what stands in the way of the nearest."""
     wanted = _comparable(spec)
-    solutions = [solve(candidate.family, wanted, {}) for candidate in _candidates(wanted)]
+    ranked = candidates(wanted, leaves_of(wanted))
+    solutions = [solve(candidate.family, wanted, {}) for candidate in ranked if candidate.possible]
     names = tuple(solution.family.name for solution in solutions if solution.exact)
-    return Exports(names) if names else Exports((), _nearest(wanted))
+    return Exports(names) if names else Exports((), _nearest(wanted, ranked))
 
 
 def describe_as_family(spec: ModelSpec, max_length: int, where: str) -> Description:
@@ -121,13 +138,9 @@ def _comparable(spec: ModelSpec) -> ModelSpec:
     return spec.model_copy(update={"layers": layers, "adapter": None})
 
 
-def _candidates(wanted: ModelSpec) -> list[Candidate]:
-    return [each for each in candidates(wanted, leaves_of(wanted)) if each.possible]
-
-
-def _nearest(wanted: ModelSpec) -> Solution:
+def _nearest(wanted: ModelSpec, ranked: Sequence[Candidate]) -> Solution:
     """Return the solution with the fewest differences, of the families that lack the least."""
-    tried = [solve(each.family, wanted, {}) for each in candidates(wanted, leaves_of(wanted))[:_MOST_NEAREST]]
+    tried = [solve(each.family, wanted, {}) for each in ranked[:_MOST_NEAREST]]
     return min(tried, key=lambda solution: (solution.problem is not None, len(solution.differences)))
 
 
@@ -135,9 +148,9 @@ def _obstacles(solution: Solution) -> str:
     """Return the family's name and the values in which it differs."""
     if solution.problem is not None:
         return f"{solution.family.name} ({solution.problem})"
-    named = [f"{each.path} {_shown(each.theirs)}, not {_shown(each.ours)}" for each in solution.differences]
+    named = [f"{each.path} {_shown(each.there)}, not {_shown(each.here)}" for each in solution.differences]
     more = f" and {len(named) - _MOST_NAMED} more" if named[_MOST_NAMED:] else ""
-    return f"{solution.family.name}, but for {'; '.join(named[:_MOST_NAMED])}{more}"
+    return f"{solution.family.name}, which has {'; '.join(named[:_MOST_NAMED])}{more}"
 
 
 def _shown(value: Any) -> str:

@@ -11,6 +11,7 @@ from moezoo.core.cost.memory import TrainingMemory, cache_bytes, kv_cache_bytes_
 from moezoo.core.cost.parameters import ParameterCounts, parameter_counts
 from moezoo.core.data.vocabulary import spec_with_real_vocab_size
 from moezoo.core.errors import counted
+from moezoo.core.huggingface.export_as import Exports, exports
 from moezoo.core.parameters.trained import sizes_by_role, trained_rows
 from moezoo.core.reports.model_words import attention_in_words, feed_forward_in_words, head_in_words, model_in_words
 from moezoo.core.reports.text import bytes_text, count, new_table
@@ -100,12 +101,15 @@ class ConfigDescription:
         assumed: the assumption about the vocabulary, if its size is unknown before data are read.
         training: the config's section.
         memory: memory of one training step.
+        exports: the families that it can be written as, or what stands in the way; None if it was not asked for, or if
+            it starts from a checkpoint, in whose layout it is written.
     """
 
     model: ModelDescription
     assumed: str | None
     training: TrainingConfig
     memory: TrainingMemory
+    exports: Exports | None = None
 
     @property
     def tokens_per_step(self) -> int:
@@ -137,15 +141,17 @@ class ConfigDescription:
                 "tokens": self.tokens,
                 "flops": self.flops,
             },
+            **({} if self.exports is None else {"exports": self.exports.to_json()}),
         }
 
 
-def config_description(config: Config) -> ConfigDescription:
-    """Return the description of a config's model and training."""
+def config_description(config: Config, *, exported: bool = False) -> ConfigDescription:
+    """Return the description of a config's model and training; `exported`: with the families that can have it."""
     spec, assumed = spec_with_real_vocab_size(config)
     config = config.model_copy(update={"model": spec})
     model = model_description(spec, config.training.sequence_length)
-    return ConfigDescription(model, assumed, config.training, training_memory(config))
+    found = exports(spec) if exported and config.init_from is None and spec.adapter is None else None
+    return ConfigDescription(model, assumed, config.training, training_memory(config), found)
 
 
 def model_description(spec: ModelSpec, sequence_length: int) -> ModelDescription:
@@ -188,6 +194,8 @@ def config_page(known: ConfigDescription, where: str) -> "RenderableType":
         pieces.append(Text(f"assumed: {known.assumed}", "yellow"))
     steps = f"{known.training.steps:,} steps of {known.tokens_per_step:,} tokens = {count(known.tokens)} tokens"
     pieces.append(Text(f"training: {steps}, {count(known.flops, 'FLOPs')} in total", "dim"))
+    if known.exports is not None:
+        pieces.append(Text(f"export: {known.exports.words}", "dim"))
     return Group(*pieces)
 
 

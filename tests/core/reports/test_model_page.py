@@ -7,7 +7,7 @@ from dataclasses import asdict
 import pytest
 from rich.console import Console
 
-from moezoo.core.config.run_config import parse_config
+from moezoo.core.config.run_config import load_config, parse_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.cost.flops import flops_per_token
 from moezoo.core.cost.memory import kv_cache_bytes_per_token, training_memory
@@ -145,3 +145,21 @@ def test_header_shows_facts_verbatim():
     assert "scanned: consecutive equal layers" in rendered(
         training_header(sized.model_copy(update={"training": scanned}), {})
     )
+
+
+def test_the_page_of_a_design_says_what_it_can_be_exported_as():
+    spec = load_config("configs/tiny/top_k.yaml")
+    known = config_description(spec, exported=True)
+    assert known.to_json()["exports"]["families"][0] == "mixtral"
+    assert "export: as mixtral (or " in rendered(config_page(known, "x.yaml"))
+    assert "export:" not in rendered(config_page(config_description(spec), "x.yaml"))
+
+
+def test_the_page_of_a_design_says_what_stands_in_the_way_of_an_export():
+    known = config_description(load_config("configs/tiny/unnormalized.yaml"), exported=True)
+    page = " ".join(rendered(config_page(known, "x.yaml")).split())
+    assert "the nearest is mixtral, which has model.layers[0].moe.router.renormalize" in page
+    assert known.to_json()["exports"]["nearest"] == {
+        "family": "mixtral",
+        "differences": [{"path": "model.layers[0].moe.router.renormalize", "here": "none", "there": "sum"}],
+    }

@@ -85,8 +85,9 @@ FAMILY = Family(
     architecture="GraniteMoeHybridForCausalLM",
     spec=spec,
     tensors=(
-        *GRANITE.tensors,
-        *parts.mamba2(f"{LAYER}.mamba"),
+        GRANITE.tensors[0],
+        *parts.mamba2(f"{LAYER}.mamba"),  # before attention, whose parameters have some of the same names
+        *GRANITE.tensors[1:],
         Fused(
             f"{LAYER}.shared_mlp.input_linear.weight",
             "x d",

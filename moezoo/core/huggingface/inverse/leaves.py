@@ -39,11 +39,14 @@ class Distance(NamedTuple):
 
 
 class Difference(NamedTuple):
-    """One value that differs: its path in the config, the value there, and the other one; None where there is none."""
+    """One value that differs: its path in the config, the value there (`here`), and that of a family (`there`).
+
+    A part that only one of them has is one difference, by its kind.
+    """
 
     path: str
-    ours: Any
-    theirs: Any
+    here: Any
+    there: Any
 
 
 def leaves_of(spec: ModelSpec) -> Leaves:
@@ -130,18 +133,38 @@ def differing(found: Leaves, wanted: Leaves) -> set[str]:
 
 
 def differences(found: Leaves, wanted: Leaves) -> list[Difference]:
-    """Return the differences in what is computed, each path once, with the first layer that has it."""
+    """Return the differences in what is computed, each part or value once, with the first layer that has it."""
     named: dict[str, Difference] = {}
     places = [("", found.model, wanted.model)]
     places += [
         (f"layers[{index}].", *pair) for index, pair in enumerate(zip(found.layers, wanted.layers, strict=False))
     ]
-    for prefix, ours, theirs in places:
-        for path in (*theirs, *(path for path in ours if path not in theirs)):
-            left, right = ours.get(path), theirs.get(path)
-            if left != right and not is_trained(path):
-                named.setdefault(path, Difference(f"model.{prefix}{path}", left, right))
+    for prefix, theirs, ours in places:
+        for path in (*ours, *(path for path in theirs if path not in ours)):
+            if ours.get(path, _NOTHING) != theirs.get(path, _NOTHING) and not is_trained(path):
+                part = _part(path, ours, theirs)
+                difference = Difference(f"model.{prefix}{part}", _named(ours, part), _named(theirs, part))
+                named.setdefault(part, difference)
     return list(named.values())
+
+
+def _part(path: str, ours: Values, theirs: Values) -> str:
+    """Return the outermost part around a path that only one of the models has, or that is of another kind; or it."""
+    words = path.split(".")
+    for count in range(1, len(words)):
+        part = ".".join(words[:count])
+        kind = f"{part}.kind"
+        if (part in ours) != (part in theirs) or ours.get(kind, _NOTHING) != theirs.get(kind, _NOTHING):
+            return part
+    return path
+
+
+def _named(values: Values, part: str) -> Any:
+    """Return the value at a path, or the kind of the part there."""
+    if part in values:
+        return values[part]
+    inside = [path for path in values if path.startswith((f"{part}.", f"{part}["))]
+    return values.get(f"{part}.kind", "{...}" if inside else None)
 
 
 def _paths(ours: Values, theirs: Values) -> Iterable[str]:

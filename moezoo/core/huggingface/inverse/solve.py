@@ -31,6 +31,9 @@ from moezoo.core.spec import ModelSpec
 _ROUNDS = 6
 _MOST_CANDIDATES = 16
 _IMPOSSIBLE = Distance(1 << 60, 0)
+Links = dict[Path, dict[str, Inverse]]
+"""Inverses by field, and by the path of the value in the spec."""
+
 _ROPE: Path = ("rope_parameters",)
 
 
@@ -124,12 +127,13 @@ class _Search:
         if best.leaves is None:
             shapes = [rope_fields(position) for position in positions_of(self.spec.layers)]
             best = self.better(best, [set_at(self.start, _ROPE, shape) for shape in shapes])
+        links: Links = {}
         for _ in range(_ROUNDS):
             before = best.cost
             if best.leaves is None:
                 break
             best = self.structure(best)
-            links = self.links(best)
+            links = self.links(best, links)
             best = self.better(best, self.jumps(best, links))
             for path in list(best.reads):
                 if path in best.reads and best.cost > (0, 0):
@@ -238,12 +242,19 @@ class _Search:
 
     # --- numbers ---------------------------------------------------------------------------------------------------
 
-    def links(self, best: _Outcome) -> dict[Path, dict[str, Inverse]]:
-        """Return how values of the spec follow from each field, as the inverse of each by the value's path."""
-        found: dict[Path, dict[str, Inverse]] = {}
+    def links(self, best: _Outcome, known: Links) -> Links:
+        """Return how values of the spec follow from each field, as the inverse of each by the value's path.
+
+        `known`: those found before; they are kept where all values that follow from a field are right.
+        """
+        found: Links = {}
         if best.leaves is None:
             return found
+        open_paths = set(changed(best.leaves, self.wanted))
         for path, read in best.reads.items():
+            if path in known and not open_paths.intersection(known[path]):
+                found[path] = known[path]
+                continue
             value = best.value(path)
             possible = False
             for probe in probes(read, value):
@@ -276,15 +287,16 @@ class _Search:
         found = set_at(config, path, value)
         return set_at(found, self.partners[path], value) if path in self.partners else found
 
-    def jumps(self, best: _Outcome, links: Mapping[Path, Mapping[str, Inverse]]) -> Iterator[dict[str, Any]]:
+    def jumps(self, best: _Outcome, links: Links) -> Iterator[dict[str, Any]]:
         """Yield the config with all fields set whose value follows from the wanted spec."""
         assert best.leaves is not None
         open_paths = set(changed(best.leaves, self.wanted))
-        for everything in (False, True):
+        for everything, options in ((False, True), (False, False), (True, True), (True, False)):
             config = best.config
             for path, inverses in links.items():
                 asked = self.proposals(best.reads[path], inverses, open_paths)
-                if asked and (everything or open_paths.intersection(inverses)):
+                wanted = everything or open_paths.intersection(inverses)
+                if asked and wanted and (options or not best.reads[path].options):
                     config = self.with_value(config, path, asked[0])
             yield config
 
