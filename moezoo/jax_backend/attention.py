@@ -18,6 +18,7 @@ from moezoo.jax_backend.kv_cache import (
     Attended,
     ConvolutionState,
     ConvolvedCache,
+    IndexedCache,
     KeyValueState,
     KVCache,
     RollingCache,
@@ -35,6 +36,7 @@ from moezoo.jax_backend.positions import (
     same_document,
     same_side,
 )
+from moezoo.jax_backend.sparse_attention import BlockIndexer
 
 
 def attend(
@@ -149,11 +151,8 @@ def attend_causally(
     return jnp.concatenate(attended, axis=1)
 
 
-def _mask(
-    spec: GroupedQueryAttentionSpec, position_T: jax.Array, slot_S: jax.Array, first_B: jax.Array | None
-) -> jax.Array:
-    """Return the mask of tokens at these positions over these cache slots: [T, S], or [B, T, S] with padding."""
-    position_S = _positions_of(slot_S, first_B)
+def _mask(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: jax.Array) -> jax.Array:
+    """Return the mask of tokens at these positions and those: [T, S], or [B, T, S] with padding."""
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
 
@@ -204,6 +203,8 @@ class GroupedQueryAttention(nnx.Module):
             self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"), axes)
             if own_keys:
                 self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
+        if spec.indexer is not None:
+            self.indexer = BlockIndexer(spec.indexer, spec.position, spec.head_dim, weights.inside("indexer"))
         if spec.value_residual and layer > 0:
             self.value_mix = weights.parameter("value_mix")
         if spec.qk_l2_clip is not None:
@@ -227,7 +228,7 @@ class GroupedQueryAttention(nnx.Module):
     def __call__(
         self,
         x_BTD: jax.Array,
-        cache: KVCache | RollingCache | ConvolvedCache | SharedCache | None = None,
+        cache: KVCache | RollingCache | ConvolvedCache | IndexedCache | SharedCache | None = None,
         *,
         first_value_BTMH: jax.Array | None = None,
         first_B: jax.Array | None = None,
@@ -246,6 +247,7 @@ class GroupedQueryAttention(nnx.Module):
         scale_NH = None if spec.qk_l2_clip is None else self.query_scale[...]
         query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, position_T, scale_NH)
         query = self._tempered(query, position_T)
+        index, cache = (None, cache) if spec.indexer is None else self.indexer(x_BTD, position_T, cache)
         if isinstance(cache, SharedCache):
             cache = cache.extend(length)
         elif key is not None and value is not None:
@@ -262,18 +264,15 @@ class GroupedQueryAttention(nnx.Module):
         assert source is not None
         sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
-        if cache is None:
+        if cache is None and index is None:
             attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents, relative)
         else:
+            position_S = _positions_of(source.slot_S, first_B)
+            mask_TS, bias = _mask(spec, position_T, position_S), relative_bias(relative, position_T, position_S)
+            if index is not None:
+                mask_TS = self.indexer.chosen(index, position_T, position_S, mask_TS, documents)
             attended = attend(
-                grouped,
-                source.key_BSMH,
-                source.value_BSMH,
-                _mask(spec, position_T, source.slot_S, first_B),
-                scale=spec.scale,
-                softcap=spec.softcap,
-                sink_N=sink_N,
-                bias_BNTS=relative_bias(relative, position_T, _positions_of(source.slot_S, first_B)),
+                grouped, *source[:2], mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N, bias_BNTS=bias
             )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from moezoo.core.spec import (
+    BlockIndexerSpec,
     CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
@@ -75,6 +76,26 @@ class KVCache(NamedTuple):
         value_BSMH = lax.dynamic_update_slice(self.value_BSMH, value_BTMH, (0, self.length, 0, 0))
         source = Source(key_BSMH, value_BSMH, jnp.arange(key_BSMH.shape[1]))
         return KVCache(key_BSMH, value_BSMH, length), source
+
+
+class IndexedCache(NamedTuple):
+    """KVCache with an indexer's key of each token beside."""
+
+    key_BSMH: jax.Array
+    value_BSMH: jax.Array
+    index_key_BSH: jax.Array
+    length: jax.Array
+
+    def with_index(self, index_key_BTH: jax.Array) -> tuple["IndexedCache", jax.Array]:
+        """Return the cache with index keys of the T tokens that `extend` appends, and those of all slots."""
+        index_key_BSH = lax.dynamic_update_slice(self.index_key_BSH, index_key_BTH, (0, self.length, 0))
+        cache = self._replace(index_key_BSH=index_key_BSH)
+        return cache, index_key_BSH
+
+    def extend(self, key_BTMH: jax.Array, value_BTMH: jax.Array) -> tuple["IndexedCache", Source]:
+        """Append T tokens, as KVCache.extend does."""
+        cache, source = KVCache(self.key_BSMH, self.value_BSMH, self.length).extend(key_BTMH, value_BTMH)
+        return IndexedCache(cache.key_BSMH, cache.value_BSMH, self.index_key_BSH, cache.length), source
 
 
 class RollingCache(NamedTuple):
@@ -180,6 +201,7 @@ Cache = (
     KVCache
     | RollingCache
     | ConvolvedCache
+    | IndexedCache
     | SharedCache
     | LatentCache
     | RecurrentCache
@@ -239,6 +261,12 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
         match layer.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int()) | NoAttentionSpec():
                 caches.append(SharedCache(jnp.zeros((), jnp.int32)))
+            case GroupedQueryAttentionSpec(indexer=BlockIndexerSpec(head_dim=width)):
+                key = jnp.zeros((batch, size, layer.attention.num_kv_heads, layer.attention.head_dim), dtype)
+                value = jnp.zeros((*key.shape[:3], layer.attention.value_dim), dtype)
+                caches.append(
+                    IndexedCache(key, value, jnp.zeros((batch, size, width), dtype), jnp.zeros((), jnp.int32))
+                )
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
                 kept = size if reach is None else min(size, reach)
                 key = jnp.zeros((batch, kept, heads, head_dim), dtype)

@@ -16,6 +16,7 @@ from moezoo.mlx_backend.kv_cache import (
     Attended,
     ConvolutionState,
     ConvolvedCache,
+    IndexedCache,
     KeyValueState,
     KVCache,
     RollingCache,
@@ -33,6 +34,7 @@ from moezoo.mlx_backend.positions import (
     same_document,
     same_side,
 )
+from moezoo.mlx_backend.sparse_attention import BlockIndexer
 
 
 def attend(
@@ -137,16 +139,14 @@ def attend_causally(
     return attend_chunks(attend_chunk, query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, plain=plain)
 
 
-def _mask(
-    spec: GroupedQueryAttentionSpec, position_T: mx.array, slot_S: mx.array, first_B: mx.array | None
-) -> mx.array | None:
-    """Return the mask of tokens at these positions over these cache slots: [T, S], [B, T, S] with padding, or None.
+def _mask(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.array) -> mx.array | None:
+    """Return the mask of tokens at these positions and those: [T, S], [B, T, S] with padding, or None.
 
     None means that every token attends to every slot.
     """
-    if position_T.size == 1 and first_B is None and spec.window is None and spec.chunk is None:
+    everything = spec.window is None and spec.chunk is None and spec.indexer is None
+    if position_T.shape == (1,) and everything:
         return None  # one new token, which attends to all slots: without window and chunk the cache does not roll
-    position_S = _positions_of(slot_S, first_B)
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
 
 
@@ -198,6 +198,8 @@ class GroupedQueryAttention(nn.Module):
             self.query_norm = norm(spec.qk_norm, weights.inside("query_norm"), axes)
             if own_keys:
                 self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
+        if spec.indexer is not None:
+            self.indexer = BlockIndexer(spec.indexer, spec.position, spec.head_dim, weights.inside("indexer"))
         if spec.value_residual and layer > 0:
             self.value_mix = weights.parameter("value_mix")
         if spec.qk_l2_clip is not None:
@@ -221,7 +223,7 @@ class GroupedQueryAttention(nn.Module):
     def __call__(
         self,
         x_BTD: mx.array,
-        cache: KVCache | RollingCache | ConvolvedCache | SharedCache | None = None,
+        cache: KVCache | RollingCache | ConvolvedCache | IndexedCache | SharedCache | None = None,
         *,
         first_value_BTMH: mx.array | None = None,
         first_B: mx.array | None = None,
@@ -243,6 +245,7 @@ class GroupedQueryAttention(nn.Module):
         scale_NH = None if spec.qk_l2_clip is None else self.query_scale
         query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, known_T, scale_NH)
         query = self._tempered(query, position_T)
+        index, cache = (None, cache) if spec.indexer is None else self.indexer(x_BTD, position_T, cache)
         if isinstance(cache, SharedCache):
             cache = cache.extend(length)
         elif key is not None and value is not None:
@@ -259,18 +262,15 @@ class GroupedQueryAttention(nn.Module):
         assert source is not None
         sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
         grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
-        if cache is None:
+        if cache is None and index is None:
             attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents, relative)
         else:
+            position_S = _positions_of(source.slot_S, first_B)
+            mask_TS, bias = _mask(spec, position_T, position_S), relative_bias(relative, position_T, position_S)
+            if index is not None:
+                mask_TS = self.indexer.chosen(index, position_T, position_S, mask_TS, documents)
             attended = attend(
-                grouped,
-                source.key_BSMH,
-                source.value_BSMH,
-                _mask(spec, position_T, source.slot_S, first_B),
-                scale=spec.scale,
-                softcap=spec.softcap,
-                sink_N=sink_N,
-                bias_BNTS=relative_bias(relative, position_T, _positions_of(source.slot_S, first_B)),
+                grouped, *source[:2], mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N, bias_BNTS=bias
             )
         attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
         output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))

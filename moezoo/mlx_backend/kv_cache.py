@@ -8,6 +8,7 @@ from typing import NamedTuple, assert_never
 import mlx.core as mx
 
 from moezoo.core.spec import (
+    BlockIndexerSpec,
     CompressedAttentionSpec,
     GatedDeltaAttentionSpec,
     GroupedQueryAttentionSpec,
@@ -73,6 +74,26 @@ class KVCache(NamedTuple):
         value_BSMH = mx.slice_update(self.value_BSMH, value_BTMH, mx.array([self.length]), (1,))
         source = Source(key_BSMH[:, :length], value_BSMH[:, :length], mx.arange(length))
         return KVCache(key_BSMH, value_BSMH, length), source
+
+
+class IndexedCache(NamedTuple):
+    """KVCache with an indexer's key of each token beside."""
+
+    key_BSMH: mx.array
+    value_BSMH: mx.array
+    index_key_BSH: mx.array
+    length: int
+
+    def with_index(self, index_key_BTH: mx.array) -> tuple["IndexedCache", mx.array]:
+        """Return the cache with index keys of the T tokens that `extend` appends, and those of all slots."""
+        index_key_BSH = mx.slice_update(self.index_key_BSH, index_key_BTH, mx.array([self.length]), (1,))
+        cache = self._replace(index_key_BSH=index_key_BSH)
+        return cache, index_key_BSH[:, : self.length + index_key_BTH.shape[1]]
+
+    def extend(self, key_BTMH: mx.array, value_BTMH: mx.array) -> tuple["IndexedCache", Source]:
+        """Append T tokens, as KVCache.extend does."""
+        cache, source = KVCache(self.key_BSMH, self.value_BSMH, self.length).extend(key_BTMH, value_BTMH)
+        return IndexedCache(cache.key_BSMH, cache.value_BSMH, self.index_key_BSH, cache.length), source
 
 
 class RollingCache(NamedTuple):
@@ -178,6 +199,7 @@ Cache = (
     KVCache
     | RollingCache
     | ConvolvedCache
+    | IndexedCache
     | SharedCache
     | LatentCache
     | RecurrentCache
@@ -240,6 +262,10 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
         match layer.attention:
             case GroupedQueryAttentionSpec(keys_of_layer=int()) | NoAttentionSpec():
                 caches.append(SharedCache(0))
+            case GroupedQueryAttentionSpec(indexer=BlockIndexerSpec(head_dim=width)):
+                key = mx.zeros((batch, size, layer.attention.num_kv_heads, layer.attention.head_dim), dtype)
+                value = mx.zeros((*key.shape[:3], layer.attention.value_dim), dtype)
+                caches.append(IndexedCache(key, value, mx.zeros((batch, size, width), dtype), 0))
             case GroupedQueryAttentionSpec(num_kv_heads=heads, head_dim=head_dim, value_dim=value_dim):
                 kept = size if reach is None else min(size, reach)
                 key = mx.zeros((batch, kept, heads, head_dim), dtype)

@@ -1,16 +1,18 @@
 """Sparse attention to the tokens that an indexer chooses. Spec: moezoo.core.reference.sparse_attention."""
 
 import math
-from typing import assert_never
+from typing import Any, assert_never
 
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
+from moezoo.core.reference import sparse_attention as reference
+from moezoo.core.spec import BlockIndexerSpec, IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
+from moezoo.mlx_backend.kv_cache import IndexedCache
 from moezoo.mlx_backend.normalization import norm
-from moezoo.mlx_backend.positions import Documents, rotate, token_mean
+from moezoo.mlx_backend.positions import Documents, causal_windows, rotate, token_mean, within_documents
 
 
 class Indexer(nn.Module):
@@ -44,6 +46,84 @@ class Indexer(nn.Module):
             case _:
                 assert_never(self.position)
         return query_BTNH, key_BTH, weight_BTN
+
+
+class BlockIndexer(nn.Module):
+    """Spec: moezoo.core.reference.sparse_attention.block_indexer."""
+
+    def __init__(self, spec: BlockIndexerSpec, position: PositionSpec, head_dim: int, weights: Weights):
+        super().__init__()
+        self.spec, self.position, self.head_dim = spec, position, head_dim
+        self.w_query = weights.parameter("w_query")
+        self.w_key = weights.parameter("w_key")
+        self.query_norm = norm(spec.norm, weights.inside("query_norm"))
+        self.key_norm = norm(spec.norm, weights.inside("key_norm"))
+
+    def __call__(self, x_BTD: mx.array, position_T: mx.array, cache: Any) -> tuple[tuple[mx.array, mx.array], Any]:
+        """Return queries and each token's own key, those of cached ones before; and the cache with the new ones."""
+        dtype, x_BTD = x_BTD.dtype, mx.stop_gradient(x_BTD)
+        query_BTNH = self.query_norm(projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype)))
+        key_BTH = projection.einsum("BTD,DH->BTH", x_BTD, self.w_key.astype(dtype))
+        if isinstance(cache, IndexedCache):
+            cache, key_BTH = cache.with_index(key_BTH)
+        return (self._rotated(query_BTNH, position_T), key_BTH), cache
+
+    def chosen(
+        self,
+        index: tuple[mx.array, mx.array],
+        position_T: mx.array,
+        position_S: mx.array,
+        mask_TS: mx.array | None,
+        documents: Documents | None,
+    ) -> mx.array:
+        """Return which of the unmasked tokens these queries choose, by the keys of tokens: bool [B, T, S]."""
+        key_BSH = self.block_keys(index[1], position_S, documents)
+        assert mask_TS is not None
+        mask_TS = within_documents(mask_TS, documents)
+        return choose_blocks(self.spec, index[0], key_BSH, position_T, position_S, mask_TS)
+
+    def block_keys(self, key_BSH: mx.array, position_S: mx.array, documents: Documents | None = None) -> mx.array:
+        """Return at each token the key of the block that ends there; means in float32, cast back."""
+        size, (batch, _, width) = self.spec.block_size, key_BSH.shape
+        before = mx.zeros((batch, size - 1, width), mx.float32)
+        mean_BSH = sum(causal_windows(key_BSH.astype(mx.float32), before, documents), mx.array(0.0)) / size
+        keys_BSH = self.key_norm(mean_BSH.astype(key_BSH.dtype))
+        return self._rotated(keys_BSH[:, :, None], mx.maximum(position_S - size + 1, 0))[:, :, 0]
+
+    def _rotated(self, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
+        match self.position:
+            case RoPESpec():
+                return rotate_first(*head_rotation(self.position, self.head_dim), x_BTNH, position_T)
+            case NoPositionSpec():
+                return x_BTNH
+            case _:
+                assert_never(self.position)
+
+
+def choose_blocks(
+    spec: BlockIndexerSpec,
+    query_BTNH: mx.array,
+    key_BSH: mx.array,
+    position_T: mx.array,
+    position_S: mx.array,
+    mask_TS: mx.array,
+) -> mx.array:
+    """Spec: moezoo.core.reference.sparse_attention.choose_blocks; padding, at negative positions, sees all of it."""
+    size = spec.block_size
+    weight_BTN = mx.full(query_BTNH.shape[:3], 1 / math.sqrt(spec.head_dim), mx.float32)
+    ends_TS = mask_TS & (position_S % size == size - 1)[..., None, :]
+    chosen_BTS = choose_sources(index(query_BTNH, key_BSH, weight_BTN), ends_TS, spec.top_k)
+    places = mx.arange(position_S.shape[-1])
+    end = mx.minimum(places + size - 1 - position_S % size, places[-1])[..., None, :]
+    chosen_BTS = mx.take_along_axis(chosen_BTS, mx.broadcast_to(end, chosen_BTS.shape), axis=-1)
+    complete_T1 = ((position_T + 1) // size * size)[..., None]
+    behind_TS = (position_S[..., None, :] >= complete_T1) | (position_T < 0)[..., None]
+    return mask_TS & (chosen_BTS | behind_TS)
+
+
+def head_rotation(position: RoPESpec, head_dim: int) -> tuple[RoPESpec, int]:
+    """Spec: moezoo.core.reference.sparse_attention.head_rotation."""
+    return reference.head_rotation(position, head_dim)
 
 
 def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: mx.array, position_T: mx.array) -> mx.array:

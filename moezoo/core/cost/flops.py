@@ -64,8 +64,8 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
     - scores of softmax attention: `2 (query width + value width) * visible positions` for each of the N heads: query
       times key and probability times value; `(T + 1) / 2` positions on average, fewer with a window or a chunk, and at
       most `top_k` of them with an indexer, whose own scores cost `2 width * visible` for each of its heads; compressed
-      entries count as positions, one for each complete group; relative
-      position logits add `2 dim` for each head and visible position in their extent;
+      entries count as positions, one for each complete group; of blocks, at most `(top_k + 1) block_size - 1`, and a
+      score for each block; relative position logits add `2 dim` for each head and visible position in their extent;
     - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head; of
       Mamba-2 two, `4 H F`; and of Mamba-1 two, `4 Z` for each channel.
 
@@ -110,16 +110,15 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
     match attention:
         case GroupedQueryAttentionSpec(num_heads=heads, head_dim=width, value_dim=value_width):
             most = attention.window if attention.chunk is None else attention.chunk
+            index, indexer = Fraction(0), attention.indexer
+            if indexer is not None:
+                most = (indexer.top_k + 1) * indexer.block_size - 1
+                index = 2 * indexer.num_heads * indexer.head_dim * _visible(length, None) / indexer.block_size
             scores = 2 * heads * (width + value_width) * _visible(length, most, in_chunks=attention.chunk is not None)
-            return (
-                scores
-                if attention.relative is None
-                else scores
-                + 2
-                * heads
-                * attention.relative.dim
-                * _visible(length, min(attention.relative.extent, length if most is None else most))
-            )
+            if attention.relative is not None:
+                near = min(attention.relative.extent, length if most is None else most)
+                index += 2 * heads * attention.relative.dim * _visible(length, near)
+            return scores + index
         case LatentAttentionSpec(num_heads=heads, indexer=indexer):
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
             chosen = _visible(length, _chosen(attention, layers))

@@ -95,7 +95,8 @@ def _cached_numbers(attention: AttentionSpec) -> Fraction | int:
         case GroupedQueryAttentionSpec(keys_of_layer=int()):
             return 0
         case GroupedQueryAttentionSpec():
-            return attention.num_kv_heads * (attention.head_dim + attention.value_dim)
+            index = 0 if attention.indexer is None else attention.indexer.head_dim
+            return attention.num_kv_heads * (attention.head_dim + attention.value_dim) + index
         case LatentAttentionSpec(indexer=indexer):
             return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
         case CompressedAttentionSpec(compression=compression):

@@ -63,6 +63,12 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
             yield rows.vector(f"{name}.b_{which}", (heads, width), axes[1:], "attention")
     if spec.convolution is not None:
         yield from _head_convolution(rows, f"{name}.convolution", spec, spec.convolution)
+    if spec.indexer is not None:
+        i, k = spec.indexer.num_heads, spec.indexer.head_dim
+        yield rows.matrix(f"{name}.indexer.w_query", (d, i, k), ("embed", "head", "head_dim"), "attention")
+        yield rows.matrix(f"{name}.indexer.w_key", (d, k), ("embed", "head_dim"), "attention")
+        for which in ("query_norm", "key_norm"):
+            yield from rows.norm(f"{name}.indexer.{which}", spec.indexer.norm, (k,), ("head_dim",))
     if spec.qk_norm is not None:
         for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head"))[: 2 if own_keys else 1]:
             if spec.qk_norm_over == "head":

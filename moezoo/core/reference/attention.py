@@ -9,6 +9,7 @@ from moezoo.core.reference.convolution import residual_convolution
 from moezoo.core.reference.convolutional_attention import convolved, half_delayed_values
 from moezoo.core.reference.normalization import l2_clipped, normalize
 from moezoo.core.reference.positions import Documents, relative_bias, relative_features, rotate, within_documents
+from moezoo.core.reference.sparse_attention import block_indexer, choose_blocks
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 
 Source = tuple[Array, Array] | Array
@@ -154,11 +155,16 @@ def grouped_query_attention(
             mixed = (1 - mix) * value + mix * first_value_BTMH
         source = key, mixed
     key, mixed = source
+    mask_TS = within_documents(visible(spec, position_T, position_T), documents)
+    if spec.indexer is not None:
+        own = inside(parameters, "indexer")
+        index = block_indexer(spec.indexer, spec.position, spec.head_dim, own, x_BTD, position_T, documents)
+        mask_TS = choose_blocks(spec.indexer, *index, position_T, position_T, mask_TS)
     attended = attend(
         query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim),
         key,
         mixed,
-        within_documents(visible(spec, position_T, position_T), documents),
+        mask_TS,
         scale=spec.scale,
         softcap=spec.softcap,
         sink_N=_sinks(spec, parameters, x_BTD),

@@ -5,8 +5,8 @@ from autograd.tracer import getval
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.positions import Documents, rotate, token_mean
-from moezoo.core.spec import IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
+from moezoo.core.reference.positions import Documents, causal_windows, rotate, token_mean
+from moezoo.core.spec import BlockIndexerSpec, IndexerSpec, NoPositionSpec, PositionSpec, RoPESpec
 
 
 def indexer(
@@ -53,6 +53,83 @@ def indexer(
         case NoPositionSpec():
             pass
     return query_BTNH, key_BTH, weight_BTN
+
+
+def block_indexer(
+    spec: BlockIndexerSpec,
+    position: PositionSpec,
+    head_dim: int,
+    parameters: Parameters,
+    x_BTD: Array,
+    position_T: Array,
+    documents: Documents | None = None,
+) -> tuple[Array, Array]:
+    """Return the queries of N index heads, and at each token the key of the block of tokens that ends there.
+
+    A key is the normalized mean of its tokens' projections, rotated at the place of the first of them. Gradients stop
+    at the inputs.
+
+    Args:
+        spec: N `num_heads` of width H, and `block_size`.
+        position: the position spec of the attention; the rotation is that of the attention's features.
+        head_dim: of the attention.
+        parameters: `w_query` [D, N, H], `w_key` [D, H], `query_norm` and `key_norm`.
+        x_BTD: input of the attention layer.
+        position_T: int, from 0 in each document.
+        documents: those of packed sequences, whose blocks begin anew.
+
+    Returns:
+        [B, T, N, H] and [B, T, H]; the key is of no use where no block ends.
+
+    Source: Qwen Team 2026; transformers 5.23, `Qwen4ExpTextQSAIndexer`.
+    """
+    x_BTD = getval(x_BTD)
+    query_BTNH = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
+    query_BTNH = normalize(spec.norm, inside(parameters, "query_norm"), query_BTNH)
+    key_BTH = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_key"])
+    mean_BTH = sum(causal_windows(key_BTH, spec.block_size, documents)) / spec.block_size
+    key_BTH = normalize(spec.norm, inside(parameters, "key_norm"), mean_BTH)
+    match position:
+        case RoPESpec():
+            own, rotated = head_rotation(position, head_dim)
+            query_BTNH = rotate_first(own, rotated, query_BTNH, position_T)
+            first_T = np.maximum(position_T - spec.block_size + 1, 0)
+            key_BTH = rotate_first(own, rotated, key_BTH[:, :, None], first_T)[:, :, 0]
+        case NoPositionSpec():
+            pass
+    return query_BTNH, key_BTH
+
+
+def head_rotation(position: RoPESpec, head_dim: int) -> tuple[RoPESpec, int]:
+    """Return the rotation of an attention's heads as that of features alone, and the number of them that it rotates."""
+    if position.fraction_of == "features":
+        return position.model_copy(update={"fraction": 1.0}), position.rotated_dim(head_dim)
+    return position, head_dim
+
+
+def choose_blocks(
+    spec: BlockIndexerSpec, query_BTNH: Array, key_BSH: Array, position_T: Array, position_S: Array, mask_TS: Array
+) -> Array:
+    """Return the tokens that each query attends to: of the chosen blocks, and behind the last complete one.
+
+    Args:
+        spec: `top_k` of its blocks have the highest `index`, at equal weights `1 / sqrt(H)`.
+        query_BTNH, key_BSH: as `block_indexer` returns them.
+        position_T, position_S: int, [T] and [S], or [B, T] and [B, S].
+        mask_TS: bool, the causal mask; or one for each sequence, [B, T, S].
+
+    Returns:
+        bool [B, T, S].
+    """
+    size = spec.block_size
+    weight_BTN = np.full(query_BTNH.shape[:3], 1 / np.sqrt(spec.head_dim))
+    ends_TS = mask_TS & (position_S % size == size - 1)[..., None, :]
+    chosen_BTS = choose_sources(index(query_BTNH, key_BSH, weight_BTN), ends_TS, spec.top_k)
+    places = np.arange(position_S.shape[-1])
+    end = np.minimum(places + size - 1 - position_S % size, places[-1])[..., None, :]
+    chosen_BTS = np.take_along_axis(chosen_BTS, np.broadcast_to(end, (len(query_BTNH), *end.shape[-2:])), axis=-1)
+    complete_T1 = ((position_T + 1) // size * size)[..., None]
+    return mask_TS & (chosen_BTS | (position_S[..., None, :] >= complete_T1))
 
 
 def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: Array, position_T: Array) -> Array:

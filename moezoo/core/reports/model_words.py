@@ -282,6 +282,10 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         ("sinks", spec.sinks),
         (f"{spec.gate} {'' if spec.gate_function == 'sigmoid' else 'softplus '}gate", spec.gate is not None),
         ("gate bias", spec.gate_bias),
+        (
+            "" if spec.indexer is None else f"indexer top {spec.indexer.top_k} blocks of {spec.indexer.block_size}",
+            spec.indexer is not None,
+        ),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"scale {spec.scale}", spec.scale is not None),
         ("" if spec.relative is None else _relative(spec.relative), spec.relative is not None),

@@ -28,7 +28,7 @@ from moezoo.core.spec.feed_forward import (
     GatedFeedForwardSpec,
     PlainFeedForwardSpec,
 )
-from moezoo.core.spec.indexer import IndexerSpec
+from moezoo.core.spec.indexer import BlockIndexerSpec, IndexerSpec
 from moezoo.core.spec.layer import BlockFactorsSpec, LayerSpec, with_repeats
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
@@ -112,6 +112,7 @@ __all__ = [
     "AttentionSpec",
     "AuxiliaryLossSpec",
     "BlockFactorsSpec",
+    "BlockIndexerSpec",
     "CapacitySpec",
     "ChoiceSpec",
     "ClampedSwiGLUSpec",

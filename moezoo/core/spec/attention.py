@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.compressed_attention import CompressedAttentionSpec
 from moezoo.core.spec.convolution import ResidualConvolutionSpec
-from moezoo.core.spec.indexer import IndexerSpec
+from moezoo.core.spec.indexer import BlockIndexerSpec, IndexerSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import PositionSpec, RelativePositionSpec, RoPESpec
 from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
@@ -66,7 +66,7 @@ class GroupedQueryAttentionSpec(Part):
     of that earlier layer (index from 0, repeats expanded), and this layer has no key or value projections and no cache
     (Gemma 3n, 4; Brandon et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and values mix those of the last
     tokens, before any norm. `key_temperature`: keys, after norm and rotation, are multiplied by a learned number per
-    head (both: ZAYA1).
+    head (both: ZAYA1). `indexer`: a query attends to the blocks of tokens that it chooses (Qwen4).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -101,6 +101,7 @@ class GroupedQueryAttentionSpec(Part):
     keys_of_layer: NonNegativeInt | None = None
     convolution: HeadConvolutionSpec | None = None
     key_temperature: bool = False
+    indexer: BlockIndexerSpec | None = None
 
     @property
     def value_dim(self) -> int:
@@ -127,6 +128,7 @@ class GroupedQueryAttentionSpec(Part):
             )
         if isinstance(self.position, RoPESpec):
             self.position.check(self.head_dim, "head_dim")
+        self._check_indexer()
         if self.qk_norm is None and (self.qk_norm_over != "head" or self.qk_norm_after_rotation):
             raise impossible(
                 "qk_norm",
@@ -186,6 +188,22 @@ class GroupedQueryAttentionSpec(Part):
                 "convolution",
                 f"is set, but values of {self.num_kv_heads} heads of width {self.value_dim} have no halves",
                 "Use an even width",
+            )
+
+    def _check_indexer(self) -> None:
+        """Raise if an indexer chooses among tokens of which another option leaves some out, or rotates too few."""
+        if self.indexer is None:
+            return
+        others = {"window": self.window, "chunk": self.chunk, "keys_of_layer": self.keys_of_layer}
+        for name, value in {**others, "convolution": self.convolution}.items():
+            if value is not None:
+                raise impossible(name, "is set, but an indexer selects the positions", "Set only one of them")
+        if isinstance(self.position, RoPESpec) and self.position.rotated_dim(self.head_dim) > self.indexer.head_dim:
+            rotated = self.position.rotated_dim(self.head_dim)
+            raise impossible(
+                "indexer.head_dim",
+                f"is {self.indexer.head_dim}, but {rotated} features are rotated",
+                f"Use at least {rotated}",
             )
 
 

@@ -5,7 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field, PositiveInt
 
 from moezoo.core.spec.base import Part
-from moezoo.core.spec.norms import LayerNormSpec, NormSpec
+from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 
 
 class IndexerSpec(Part):
@@ -27,3 +27,20 @@ class IndexerSpec(Part):
     rotated: Literal["first", "last"] = "first"
     key_norm: NormSpec = LayerNormSpec(epsilon=1e-6)
     loss_coefficient: Annotated[float, Field(ge=0)] = 1.0
+
+
+class BlockIndexerSpec(Part):
+    """Indexer of blocks: selects the `top_k` complete blocks of `block_size` earlier tokens that a query attends to.
+
+    Tokens behind the last complete block, the query's own among them, are always attended to. A block has one key: the
+    mean of its tokens' index keys, normalized by `norm`, and rotated like the attention's at the place of its first
+    token. Its index is `sum over index heads of relu(q_h . key)`, of queries that are normalized and rotated too. The
+    selection has no gradient, and nothing trains the indexer: the published code has no loss for it. Source: Qwen Team
+    2026 (Qwen4; transformers 5.23, `Qwen4ExpTextQSAIndexer`), after DeepSeek-AI 2025 (DeepSeek-V3.2-Exp).
+    """
+
+    num_heads: PositiveInt
+    head_dim: PositiveInt
+    top_k: PositiveInt
+    block_size: PositiveInt
+    norm: NormSpec = RMSNormSpec()

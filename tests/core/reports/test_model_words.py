@@ -115,6 +115,10 @@ def spec_of(layer=None, **fields):
             {"kind": "lightning", "num_heads": 4, "head_dim": 5, "decay_scale": 0.5},
             "lightning, 4 heads of 5, decays times 0.5",
         ),
+        (
+            {"indexer": {"num_heads": 2, "head_dim": 6, "top_k": 5, "block_size": 3}},
+            "4 heads of 6, 2 key/value, RoPE 10,000, indexer top 5 blocks of 3",
+        ),
         ({"kind": "none"}, "no attention"),
         (MAMBA2, "Mamba-2, 4 heads of 5, state of 3, convolution of 4"),
         (

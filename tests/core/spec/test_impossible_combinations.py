@@ -111,6 +111,7 @@ def pooled(second, coefficient=0.1):
 PARALLEL = {"kind": "parallel", "feed_forward": {"hidden_dim": 4}}
 NOISY = {"choice": {"kind": "noisy_top_k"}}
 POOLED = "has pooled_balance, which pools all layers that list it, but"
+BLOCKS = {"num_heads": 2, "head_dim": 4, "top_k": 2, "block_size": 3}
 NGRAMS = {"dim": 8, "heads": 2, "table_size": 11}
 EXPERT_CHOICE_LOSS = "but with choice expert_choice every expert takes equally many tokens (x.yaml). Remove it."
 HASH_LOSS = "but with choice hash the token ids alone determine the load (x.yaml). Remove it, or use"
@@ -230,6 +231,14 @@ CASES = {
         attention(qk_norm_over="projection"),
         f"{ATTENTION}.qk_norm is null, but qk_norm_over or qk_norm_after_rotation is set (x.yaml). Add qk_norm: {{}}, "
         "or remove these options.",
+    ),
+    "window with an indexer of blocks": (
+        attention(indexer=BLOCKS, window=3),
+        f"{ATTENTION}.window is set, but an indexer selects the positions (x.yaml). Set only one of them.",
+    ),
+    "an indexer of blocks with too few features to rotate": (
+        attention(indexer=BLOCKS),
+        f"{ATTENTION}.indexer.head_dim is 4, but 6 features are rotated (x.yaml). Use at least 6.",
     ),
     "window and chunk": (
         attention(window=3, chunk=4),
