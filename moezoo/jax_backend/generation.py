@@ -73,7 +73,7 @@ class Generation:
             self._read(extend, prompts[0][start:end])
         self._tokens_B: jax.Array | None = None
         penalizes = self._rule.penalty is not None
-        self._seen_BV = jnp.asarray(seen_tokens(prompts, spec.vocab)) if penalizes else None
+        self._seen_BV = jnp.asarray(seen_tokens(prompts, spec.num_logits)) if penalizes else None
 
     def _continue(self, before: "Generation", shared: int, longest: int, new_tokens: int) -> None:
         """Take over the caches of another generation, cut back to the first `shared` tokens, and large enough."""

@@ -179,7 +179,7 @@ class Transformer(nnx.Module):
                 assert_never(self.spec.head)
         if self.spec.head.bias:
             logits_BTV = logits_BTV + self.head.b_head[...].astype(x_BTD.dtype)
-        logits_BTV = logits_BTV.astype(jnp.float32)
+        logits_BTV = logits_BTV[..., : self.spec.num_logits].astype(jnp.float32)
         if self.spec.multipliers.logits != 1:
             logits_BTV = logits_BTV * self.spec.multipliers.logits
         if self.spec.softcap is not None:

@@ -76,7 +76,7 @@ class Generation:
         self._position_B = mx.array([len(prompt) for prompt in prompts])
         self._draws: list[mx.array] = []
         penalizes = self._rule.penalty is not None
-        self._seen_BV = mx.array(seen_tokens(prompts, spec.vocab)) if penalizes else None
+        self._seen_BV = mx.array(seen_tokens(prompts, spec.num_logits)) if penalizes else None
 
     def _continue(self, before: "Generation", shared: int, longest: int, new_tokens: int) -> None:
         """Take over the caches of another generation, cut back to the first `shared` tokens, and large enough."""

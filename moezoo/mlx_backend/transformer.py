@@ -176,7 +176,7 @@ class Transformer(nn.Module):
                 assert_never(self.spec.head)
         if self.spec.head.bias:
             logits_BTV = logits_BTV + self.head.b_head.astype(x_BTD.dtype)
-        logits_BTV = logits_BTV.astype(mx.float32)
+        logits_BTV = logits_BTV[..., : self.spec.num_logits].astype(mx.float32)
         if self.spec.multipliers.logits != 1:
             logits_BTV = logits_BTV * self.spec.multipliers.logits
         if self.spec.softcap is not None:

@@ -205,8 +205,8 @@ def computed(
 
 def prompt_ids(description: dict[str, Any]) -> np.ndarray:
     """Return random token ids from the fixture's seed, int64 [2, 24]."""
-    config = description["config"]
-    law = {"low": 0, "high": config.get("text_config", config)["vocab_size"] - 1}
+    config = description["config"].get("text_config", description["config"])
+    law = {"low": 0, "high": (config.get("unpadded_vocab_size") or config["vocab_size"]) - 1}
     return fixtures.drawn(description["seed"], "input_ids", (BATCH, LENGTH), "U8", law).astype(np.int64)
 
 

@@ -36,8 +36,11 @@ LAW_OF_NAME = (
     (r"sinks$|attention_sink_bias$|softmax_offset$|sink_param$", "sink"),
     (r"A_log$", "log_decay"),
     (r"dt_bias$", "time_step"),
-    (r"conv1d\.weight$|conv\.conv\.weight$", "convolution"),
-    (r"layer_scalar$|per_expert_scale$|router\.scale$|hc(_head)?_scale$|hc\.scale$", "scale"),
+    (r"conv1d\.weight$|conv\.conv\.weight$|sconv.*static_w", "convolution"),
+    (
+        r"layer_scalar$|per_expert_scale$|router\.scale$|hc(_head)?_scale$|hc\.scale$|global_scale$|l2_clip\.scale$",
+        "scale",
+    ),
     (r"embed_tokens\.weight$|wte\.weight$", "embedding"),
     (r"bias$|hc(_head)?_base$|hc\.base$", "bias"),
     (r"norm(_1|_2|_f)?(\.\d)?\.weight$", "norm"),

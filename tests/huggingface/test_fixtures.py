@@ -22,7 +22,9 @@ def test_fixture_is_small_and_its_arrays_have_matching_shapes(case):
     expected = fixture.expected
     batch, length = expected["input_ids"].shape
     config = fixture.description["config"]
-    assert expected["logits"].shape == (batch, length, config.get("text_config", config)["vocab_size"])
+    config = config.get("text_config", config)
+    vocab = config.get("unpadded_vocab_size") or config["vocab_size"]
+    assert expected["logits"].shape == (batch, length, vocab)
     assert expected["topk_idx"].shape == expected["topk_weight"].shape
     assert expected["topk_idx"].shape[:2] == (len(expected["moe_layers"]), batch * length)
     assert np.all(np.diff(expected["topk_idx"]) > 0)

@@ -28,6 +28,7 @@ NOT_THERE = {
     "granitemoe_swa",
     "hy_v3",
     "hy_v4",
+    "inkling_text",
     "kolibri1",
 }
 

@@ -54,5 +54,5 @@ def seen_tokens(prompts: Sequence[Integers], vocab: int) -> np.ndarray:
     """Return the tokens that occur in each prompt as a mask: bool [B, V]; for the repetition penalty."""
     seen = np.zeros((len(prompts), vocab), np.bool_)
     for row, prompt in enumerate(prompts):
-        seen[row, prompt] = True
+        seen[row, prompt[prompt < vocab]] = True  # a token without a logit cannot occur again
     return seen

@@ -26,7 +26,7 @@ class Forward(NamedTuple):
     """Output of a forward pass.
 
     Fields:
-        logits_BTV: of the next token at every position.
+        logits_BTV: of the next token at every position; without those of `unused` ids.
         routings: one for each MoE layer.
         index_losses: for each layer with an indexer its index, the loss's coefficient and its value.
     """
@@ -116,5 +116,5 @@ def _logits(spec: ModelSpec, parameters: Parameters, x_BTD: Array) -> Array:
         case UntiedHeadSpec():
             logits_BTV = adapter.einsum("BTD,DV->BTV", x_BTD, parameters["head.w_head"])
     logits_BTV = logits_BTV + parameters["head.b_head"] if spec.head.bias else logits_BTV
-    logits_BTV = spec.multipliers.logits * logits_BTV
+    logits_BTV = spec.multipliers.logits * logits_BTV[..., : spec.num_logits]
     return logits_BTV if spec.softcap is None else spec.softcap * np.tanh(logits_BTV / spec.softcap)

@@ -48,10 +48,8 @@ from moezoo.core.spec import (
     ShortConvolutionSpec,
     SinusoidalPositionsSpec,
     SumResidualSpec,
-    TiedHeadSpec,
     TopKChoiceSpec,
     TopPChoiceSpec,
-    UntiedHeadSpec,
 )
 
 _FEED_FORWARDS = {
@@ -112,14 +110,9 @@ def _residual(spec: ResidualSpec) -> str:
 
 
 def head_in_words(spec: HeadSpec) -> str:
-    """Describe the head: `tied` or `untied`, and `biased` if it has a bias."""
-    match spec:
-        case TiedHeadSpec(bias=bias):
-            return "tied, biased" if bias else "tied"
-        case UntiedHeadSpec(bias=bias):
-            return "untied, biased" if bias else "untied"
-        case _:
-            assert_never(spec)
+    """Describe the head: `tied` or `untied`, `biased` if it has a bias, and ids without logits."""
+    words = ((spec.kind, True), ("biased", spec.bias), (f"{spec.unused} ids without logits", spec.unused > 0))
+    return ", ".join(word for word, there in words if there)
 
 
 def attention_in_words(spec: AttentionSpec) -> str:

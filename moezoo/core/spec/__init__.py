@@ -28,6 +28,7 @@ from moezoo.core.spec.feed_forward import (
     GatedFeedForwardSpec,
     PlainFeedForwardSpec,
 )
+from moezoo.core.spec.head import HeadSpec, TiedHeadSpec, UntiedHeadSpec
 from moezoo.core.spec.indexer import BlockIndexerSpec, IndexerSpec
 from moezoo.core.spec.layer import BlockFactorsSpec, LayerSpec, with_repeats
 from moezoo.core.spec.losses import (
@@ -46,15 +47,12 @@ from moezoo.core.spec.losses import (
 )
 from moezoo.core.spec.model import (
     DepthScaledInitializerSpec,
-    HeadSpec,
     InitializerSpec,
     LayerInputsSpec,
     ModelSpec,
     MultipliersSpec,
     NormalInitializerSpec,
     PrecisionSpec,
-    TiedHeadSpec,
-    UntiedHeadSpec,
     ZeroOutputInitializerSpec,
 )
 from moezoo.core.spec.moe import (

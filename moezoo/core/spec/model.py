@@ -11,6 +11,7 @@ from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec,
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.compressed_attention import CompressedAttentionSpec
 from moezoo.core.spec.feed_forward import GatedFeedForwardSpec
+from moezoo.core.spec.head import HeadSpec, UntiedHeadSpec
 from moezoo.core.spec.layer import LayerSpec, check_ngram_embeddings
 from moezoo.core.spec.losses import PooledBalanceLossSpec
 from moezoo.core.spec.moe import MoESpec
@@ -27,26 +28,6 @@ from moezoo.core.spec.routing import RouterSpec
 
 MAX_LAYERS = 2_000
 """Largest number of layers of a model; the deepest published ones have 1,000 (DeepNet, arXiv 2203.00555)."""
-
-
-class TiedHeadSpec(Part):
-    """Output projection tied to the embedding (its transpose). Source: Press and Wolf 2016, arXiv 1608.05859.
-
-    `bias`: the output projection has its own bias.
-    """
-
-    kind: Literal["tied"] = "tied"
-    bias: bool = False
-
-
-class UntiedHeadSpec(Part):
-    """Output projection with its own matrix and an optional bias (Phi-3.5-MoE has one)."""
-
-    kind: Literal["untied"] = "untied"
-    bias: bool = False
-
-
-HeadSpec = Annotated[TiedHeadSpec | UntiedHeadSpec, Field(discriminator="kind")]
 
 
 class MultipliersSpec(Part):
@@ -358,6 +339,11 @@ class ModelSpec(Part):
                     field = f"model.layers[{place}].attention.position.scaling.length"
                     ends.append((position.max_length, field))
         return ends
+
+    @property
+    def num_logits(self) -> int:
+        """Number of ids that have logits: all of the vocabulary but the `unused` ones of the head."""
+        return self.vocab - self.head.unused
 
     @property
     def vocab(self) -> int:
