@@ -76,7 +76,7 @@ def make() -> Limit:
 
 def first_moe_layer(spec: ModelSpec) -> ModelSpec:
     """Return the model with only its first MoE layer, so that parameters and costs are those of that layer."""
-    layer = spec.all_layers[spec.moe_layers[0]]
+    layer = next(layer for layer in spec.all_layers if layer.moe is not None)
     return spec.model_copy(update={"layers": (layer.model_copy(update={"repeat": 1, "shortcut": False}),)})
 
 

@@ -12,6 +12,7 @@ from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.convolution import ResidualConvolution
 from moezoo.jax_backend.convolutional_attention import ConvolvedHeads
+from moezoo.jax_backend.head_router import choose_heads, place_heads
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kernels.attention import Chunk, attend_in_chunks, chunk_length, uses_chunk_kernel
 from moezoo.jax_backend.kv_cache import (
@@ -36,6 +37,7 @@ from moezoo.jax_backend.positions import (
     same_document,
     same_side,
 )
+from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.sparse_attention import BlockIndexer
 
 
@@ -234,6 +236,7 @@ class GroupedQueryAttention(nnx.Module):
         first_B: jax.Array | None = None,
         source: Source | None = None,
         documents: Documents | None = None,
+        routing: Routing | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
@@ -263,7 +266,7 @@ class GroupedQueryAttention(nnx.Module):
                 cache, source = cache.extend(key, mixed)
         assert source is not None
         sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
-        grouped = query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim)
+        grouped = choose_heads(query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim), routing)
         if cache is None and index is None:
             attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents, relative)
         else:
@@ -274,7 +277,7 @@ class GroupedQueryAttention(nnx.Module):
             attended = attend(
                 grouped, *source[:2], mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N, bias_BNTS=bias
             )
-        attended = self._gated(attended.reshape(batch, length, spec.num_heads, spec.value_dim), x_BTD)
+        attended = self._gated(place_heads(attended, routing).reshape(*query.shape[:3], spec.value_dim), x_BTD)
         output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
         if spec.output_bias:
             output = output + self.b_output[...].astype(dtype)

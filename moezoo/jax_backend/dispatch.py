@@ -26,8 +26,10 @@ def expert_counts(routing: Routing) -> jax.Array:
     return _counts(routing.expert_PK, routing.valid_PK, routing.score_PE.shape[-1])
 
 
-def num_dropped(routing: Routing, dispatched: Dispatch) -> jax.Array:
-    """Spec: moezoo.core.reference.dispatch.num_dropped; int32."""
+def num_dropped(routing: Routing, dispatched: Dispatch | None) -> jax.Array:
+    """Spec: moezoo.core.reference.dispatch.num_dropped; int32. Without a dispatch none is dropped."""
+    if dispatched is None:
+        return jnp.zeros((), jnp.int32)
     return jnp.sum(routing.valid_PK & ~dispatched.kept_PK)
 
 

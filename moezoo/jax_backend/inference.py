@@ -310,7 +310,7 @@ def routing_values(result: Forward) -> list[tuple[jax.Array, ...]]:
     """Return, per MoE layer, the arguments of `layer_routing`, of all tokens."""
     values: list[tuple[jax.Array, ...]] = []
     for routing, dispatched in zip(result.routings, result.dispatches, strict=True):
-        kept_PK = dispatched.kept_PK
+        kept_PK = routing.valid_PK if dispatched is None else dispatched.kept_PK
         slots = (routing.expert_PK, routing.valid_PK, kept_PK, routing.weight_PK)
         values.append((*slots, routing.score_PE, routing.selection_PE))
     return values

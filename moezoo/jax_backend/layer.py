@@ -16,6 +16,7 @@ from moezoo.jax_backend.choice import NO_CONTEXT, RoutingContext
 from moezoo.jax_backend.convolution import ResidualConvolution
 from moezoo.jax_backend.dispatch import Dispatch
 from moezoo.jax_backend.feed_forward import FeedForward
+from moezoo.jax_backend.head_router import HeadRouter
 from moezoo.jax_backend.kv_cache import (
     Attended,
     Cache,
@@ -129,8 +130,11 @@ class Layer(nnx.Module):
         if spec.output_convolution is not None and not spec.mixer_only:
             own = weights.inside("feed_forward_convolution")
             self.feed_forward_convolution = ResidualConvolution(spec.output_convolution, own)
+        self.moe: MoE | HeadRouter
         if spec.moe is not None:
             self.moe = MoE(spec.moe, weights.inside("moe"))
+        if spec.head_router is not None:
+            self.moe = HeadRouter(spec.head_router, weights.inside("moe"))
         if model.layer_inputs is not None:
             self.layer_input = LayerInput(model.layer_inputs, model.norm, weights.inside("layer_input"))
         if spec.output_scale:
@@ -150,11 +154,13 @@ class Layer(nnx.Module):
         connection: Connection
         streams, ngrams = self._with_ngrams(state.streams, inputs, key, index)
         before = self._output_state(inputs, index)
+        routing = dispatched = of_feed_forward = None
         if self.spec.has_mixer:
             streams = self.attention_stream(streams)
             x_BTD, connection = self.attention_residual.read(streams, 2 * index)
             seen_BTD = self.attention_input(x_BTD)
-            attended = self._attend(seen_BTD, state, inputs, key, index, sources)
+            routing = self._route_heads(seen_BTD, state, inputs, key, index)
+            attended = self._attend(seen_BTD, state, inputs, key, index, sources, routing)
             record[f"{name}.attention"] = attended.out_BTD
             out, of_attention = self._convolved("attention", attended.out_BTD, before[0], inputs)
             out = self._added(self.attention_output(out), key, ATTENTION_DROPOUT)
@@ -166,7 +172,6 @@ class Layer(nnx.Module):
             streams = self.feed_forward_stream(streams)
             x_BTD, connection = self.feed_forward_residual.read(streams, 2 * index + 1)
             seen_BTD = seen_BTD if self.spec.norm_placement == "parallel" else self.feed_forward_input(x_BTD)
-        routing = dispatched = of_feed_forward = None
         if self.spec.moe is not None:
             context = inputs.routing_context(index, state, key)
             out, routing, dispatched = self._block("moe", inputs, key)(
@@ -258,6 +263,15 @@ class Layer(nnx.Module):
         convolved = convolution(out_BTD, before=before_BSD, real_BT=real_BT, documents=inputs.documents)
         return convolved
 
+    def _route_heads(
+        self, x_BTD: jax.Array, state: ResidualState, inputs: StepInputs, key: jax.Array | None, index: int | jax.Array
+    ) -> Routing | None:
+        if self.spec.head_router is None:
+            return None
+        context, name = inputs.routing_context(index, state, key), f"layers.{index}.moe"
+        routing: Routing = self._block("moe", inputs, key)(x_BTD, context, record=inputs.record, name=name)
+        return routing
+
     def _attend(
         self,
         x_BTD: jax.Array,
@@ -266,6 +280,7 @@ class Layer(nnx.Module):
         key: jax.Array | None,
         index: int | jax.Array,
         sources: Mapping[int, Shared | None],
+        routing: Routing | None = None,
     ) -> Attended:
         cache, first_B = None, None
         if inputs.caches is not None:
@@ -285,6 +300,7 @@ class Layer(nnx.Module):
             first_B=first_B,
             sources=sources,
             documents=inputs.documents,
+            routing=routing,
         )
 
     def _block(self, name: str, inputs: StepInputs, key: jax.Array | None) -> Callable[..., Any]:

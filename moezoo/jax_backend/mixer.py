@@ -27,6 +27,7 @@ from moezoo.jax_backend.lightning_attention import LightningAttention
 from moezoo.jax_backend.mamba import Mamba
 from moezoo.jax_backend.mamba2 import Mamba2
 from moezoo.jax_backend.positions import Documents
+from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.short_convolution import ShortConvolution
 
 
@@ -63,6 +64,7 @@ def mix(
     first_B: jax.Array | None = None,
     sources: Mapping[int, Shared | None],
     documents: Documents | None = None,
+    routing: Routing | None = None,
 ) -> Attended:
     """Spec: moezoo.core.reference.mixer.mix; by `block`, a `mixer` or what wraps it, with the layer's cache."""
     shared: dict[str, Any] = {}
@@ -71,6 +73,8 @@ def mix(
             shared["source"] = sources[other]
         case LatentAttentionSpec(indexer_of_layer=int(other)):
             shared["chosen_BTS"] = sources[other]
+    if routing is not None:
+        shared["routing"] = routing
     attended: Attended = block(
         x_BTD, cache, first_value_BTMH=first_value_BTMH, first_B=first_B, documents=documents, **shared
     )

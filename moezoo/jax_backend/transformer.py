@@ -35,7 +35,7 @@ class Forward(NamedTuple):
 
     logits_BTV: jax.Array
     routings: list[Routing]
-    dispatches: list[Dispatch]
+    dispatches: list[Dispatch | None]
     caches: Caches | None
     index_losses: list[tuple[int, float, jax.Array]]
 
@@ -74,7 +74,7 @@ class Transformer(nnx.Module):
         self.first_residual = first_residual(spec.residual, weights.inside("first_residual"))
         self.final_residual = final_residual(spec.residual, spec.norm, weights.inside("final_residual"))
         if spec.has_norms:
-            self.final_norm = norm(spec.norm, weights.inside("final_norm"))
+            self.final_norm = norm(spec.last_norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec) or spec.head.bias:
             self.head = Head(spec.head, weights.inside("head"))
 
@@ -146,7 +146,7 @@ class Transformer(nnx.Module):
         return Forward(
             logits_BTV,
             [output.routing for output in outputs if output.routing is not None],
-            [output.dispatched for output in outputs if output.dispatched is not None],
+            [output.dispatched for output in outputs if output.routing is not None],
             None if caches is None else Caches(extended, caches.first_B),
             [
                 (index, layer.indexer.loss_coefficient, output.index_loss)

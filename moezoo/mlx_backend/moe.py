@@ -44,6 +44,8 @@ class MoE(nn.Module):
             self.constant_experts = ConstantExperts(spec.zero_computation, weights.inside("constant_experts"))
         if spec.output_norm is not None:
             self.output_norm = norm(spec.output_norm, weights.inside("output_norm"))
+        if spec.output_bias:
+            self.b_output = weights.parameter("b_output")
         if spec.shared is not None:
             self.shared = FeedForward(spec.shared_feed_forward, weights.inside("shared"))
         match spec.shared:
@@ -108,6 +110,8 @@ class MoE(nn.Module):
             out_PD = self._with_shared(x_PD, out_PD, routing.shared_weight_PE)
         if self.spec.output_norm is not None:
             out_PD = self.output_norm(out_PD)
+        if self.spec.output_bias:
+            out_PD = out_PD + self.b_output.astype(dtype)
         return out_PD.reshape(x_BTD.shape), routing, dispatched
 
     def _with_shared(self, x_PD: mx.array, routed_PD: mx.array, weight_PE: mx.array | None) -> mx.array:

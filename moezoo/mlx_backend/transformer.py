@@ -82,7 +82,7 @@ class Transformer(nn.Module):
         self.first_residual = first_residual(spec.residual, weights.inside("first_residual"))
         self.final_residual = final_residual(spec.residual, spec.norm, weights.inside("final_residual"))
         if spec.has_norms:
-            self.final_norm = norm(spec.norm, weights.inside("final_norm"))
+            self.final_norm = norm(spec.last_norm, weights.inside("final_norm"))
         if isinstance(spec.head, UntiedHeadSpec) or spec.head.bias:
             self.head = Head(spec.head, weights.inside("head"))
 

@@ -120,7 +120,8 @@ def completed(snippet: dict[str, Any]) -> dict[str, Any]:
     snippet = copy.deepcopy(snippet)
     layers = snippet.get("model", {}).get("layers", [])
     for index, layer in enumerate(layers):
-        base = {key: value for key, value in LAYER.items() if key == "attention" or "feed_forward" not in layer}
+        has_block = "feed_forward" in layer or "mixer_only" in layer
+        base = {key: value for key, value in LAYER.items() if key == "attention" or not has_block}
         layers[index] = merged(base, layer)
     return merged(CONFIG, snippet)
 

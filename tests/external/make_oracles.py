@@ -325,6 +325,8 @@ class Routings:
             elif kind == "Gemma4TextRouter":
                 self.hooks.append(module.proj.register_forward_hook(self._logits(name)))
                 self.hooks.append(module.register_forward_hook(self._router(name, kind)))
+            elif kind == "JetMoeTopKGating":
+                self.hooks.append(module.register_forward_hook(self._two_routers(name)))
             elif kind.lower().endswith(("topkrouter", "moev1gate", "tokenchoicerouter", "llama4router", "dbrxrouter")):
                 self.hooks.append(module.register_forward_hook(self._router(name.replace("router", ""), kind)))
         return self
@@ -340,6 +342,16 @@ class Routings:
     def _logits(self, name: str) -> Any:
         def hook(module: Any, inputs: Any, output: torch.Tensor) -> None:
             self._entry(name)["logits"] = output.reshape(-1, output.shape[-1])
+
+        return hook
+
+    def _two_routers(self, name: str) -> Any:
+        """Record routers of attention heads as of layer 2 i, and those of the MoE as of 2 i + 1."""
+        layer = 2 * next(int(part) for part in name.split(".") if part.isdigit()) + (".mlp." in name)
+
+        def hook(module: Any, inputs: Any, output: Any) -> None:
+            chosen, index = output[4].topk(module.top_k, dim=-1)
+            self._entry(str(layer)).update(logits=output[4], weight=torch.softmax(chosen, dim=-1), index=index)
 
         return hook
 

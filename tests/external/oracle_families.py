@@ -1179,3 +1179,21 @@ add(
     for_transformers=with_decays(heads=4, block=8),
     **MINIMAX,
 )
+JETMOE = dict(
+    model_type="jetmoe",
+    num_attention_heads=...,
+    hidden_act=...,
+    num_key_value_heads=3,
+    kv_channels=12,
+    intermediate_size=20,
+    num_local_experts=5,
+    num_experts_per_tok=2,
+    aux_loss_coef=0.02,
+    rope_theta=1e4,
+)
+add(
+    "jetmoe",
+    "attention heads as experts beside feed-forward experts, biases of both outputs, another epsilon of the last norm",
+    keep_hidden=True,
+    **JETMOE,
+)

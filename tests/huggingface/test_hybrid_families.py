@@ -199,3 +199,16 @@ def test_lightning_attention_forgets_more_slowly_in_deeper_layers() -> None:
     assert spec_of("minimax", rotary_dim=6).layers[0].attention.position.fraction == 0.5
     with pytest.raises(SpecError, match='hidden_act is "relu2"; expected "silu"'):
         spec_of("minimax", hidden_act="relu2")
+
+
+def test_a_layer_of_jetmoe_is_two_of_one_router_each() -> None:
+    spec = spec_of("jetmoe")
+    assert spec.moe_layers == (0, 1, 2, 3)
+    heads, experts = spec.all_layers[:2]
+    assert (heads.attention.num_heads, heads.routed.num_experts, experts.moe.num_experts) == (15, 5, 5)
+    assert [loss.times for _, moe in spec.moes for loss in moe.losses] == [2, 1, 2, 1]
+    assert (spec.norm.epsilon, spec.last_norm.epsilon) == (1e-6, 1e-5)
+    assert spec_of("jetmoe", rms_norm_eps=1e-6).final_norm is None
+    assert not spec_of("jetmoe", aux_loss_coef=0.0).moes[0][1].losses
+    with pytest.raises(SpecError, match="num_attention_heads is 3; expected 6"):
+        spec_of("jetmoe", num_attention_heads=3)

@@ -123,7 +123,7 @@ def _expert_exchanges(step: ShardedStep) -> Iterator[Collective]:
     recompute = step.config.training.rematerialize != "none"
     if step.expert_shards == 1:
         return
-    for _, moe in step.config.model.moes:
+    for moe in (layer.moe for layer in step.config.model.all_layers if layer.moe is not None):
         match step.config.mesh.exchange:
             case "allgather":
                 yield from _allgather_exchange(step, moe, recompute)

@@ -92,8 +92,12 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
             moe = layers[int(row.name.split(".")[1])].moe
             assert moe is not None
             used *= active_experts(moe) / moe.num_experts
+        elif row.name.endswith((".attention.w_query", ".attention.w_output")):
+            used *= layers[int(row.name.split(".")[1])].head_share
         products[row.role] += used
-    scores = sum((_score_flops(layer.attention, sequence_length, layers) for layer in layers), Fraction(0))
+    scores = sum(
+        (layer.head_share * _score_flops(layer.attention, sequence_length, layers) for layer in layers), Fraction(0)
+    )
     times = 3 if training else 1
     return Flops(
         attention_projections=round(times * products["attention"]),

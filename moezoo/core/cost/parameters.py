@@ -55,6 +55,8 @@ def parameter_counts(spec: ModelSpec) -> ParameterCounts:
             ngrams = layers[int(row.name.split(".")[1])].ngram_embeddings
             assert ngrams is not None
             used = Fraction(ngrams.dim)
+        elif row.name.endswith((".attention.w_query", ".attention.w_output")):
+            used *= layers[int(row.name.split(".")[1])].head_share
         active[row.role] += round(used)
     return ParameterCounts(total, active)
 

@@ -130,6 +130,7 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
             rows = Fraction(0)
         layers.append(layer_activation_bytes(layer, width, length, size, rows=rows, shards=shards))
         experts.append(expert_activation_bytes(layer, width, size, rows=rows, shards=shards))
+    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
     per_token = activation_bytes(spec, training.rematerialize, layers, experts) + (0 if least else mask_bytes(config))
     return DeviceMemory(
         parameters=_FLOAT32_BYTES * parameters,
@@ -138,7 +139,7 @@ def memory_per_device(config: Config, lengths: Mapping[MeshAxis, int], *, least:
         state=_FLOAT32_BYTES * state,
         gathered=2 * _FLOAT32_BYTES * _largest_gather(step),
         activations=round(step.tokens * per_token),
-        exchange=max((2 * step.exchange_bytes(moe) for _, moe in spec.moes), default=0),
+        exchange=max((2 * step.exchange_bytes(moe) for moe in moes), default=0),
         logits=2 * _FLOAT32_BYTES * step.tokens * spec.vocab // shards.get("vocab", 1),
     )
 

@@ -16,9 +16,10 @@ def with_top_k(config: Config, top_k: int) -> Config:
         raise SpecError(f"the model has no MoE layers; got top_k {top_k}; expected a mixture of experts.")
 
     def changed(layer: LayerSpec, index: int) -> LayerSpec:
-        if layer.moe is None:
+        routed = layer.routed
+        if routed is None:
             return layer
-        choice = layer.moe.router.choice
+        choice = routed.router.choice
         if isinstance(choice, HashChoiceSpec | ExpertChoiceSpec):
             reason = (
                 "has a table of the experts of each token id"
@@ -28,8 +29,10 @@ def with_top_k(config: Config, top_k: int) -> Config:
             raise SpecError(
                 f"layers[{index}] cannot take another top_k; got {top_k}; its choice, {choice.kind}, {reason}."
             )
-        router = {**layer.moe.router.model_dump(), "top_k": top_k}
-        moe = validate(MoESpec, {**layer.moe.model_dump(), "router": router}, f"--top-k {top_k}, layers[{index}].moe")
+        router = {**routed.router.model_dump(), "top_k": top_k}
+        moe = validate(MoESpec, {**routed.model_dump(), "router": router}, f"--top-k {top_k}, layers[{index}].moe")
+        if layer.head_router is not None:
+            return layer.model_copy(update={"head_router": layer.head_router.model_copy(update={"router": moe.router})})
         return layer.model_copy(update={"moe": moe})
 
     layers = tuple(changed(layer, index) for index, layer in enumerate(spec.layers))

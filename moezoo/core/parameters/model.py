@@ -6,7 +6,7 @@ from moezoo.core.parameters.adapter import with_factors
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.convolution import residual_convolution_rows
 from moezoo.core.parameters.feed_forward import feed_forward_rows
-from moezoo.core.parameters.moe import moe_rows
+from moezoo.core.parameters.moe import moe_rows, router_rows
 from moezoo.core.parameters.ngram_embeddings import ngram_embedding_rows
 from moezoo.core.parameters.residual import final_residual_rows, first_residual_rows, residual_rows
 from moezoo.core.parameters.row import ONES, Parameter, Rows
@@ -39,11 +39,11 @@ def _rows(spec: ModelSpec, rows: Rows) -> Iterator[Parameter]:
     previous: int | None = None
     for index, layer in enumerate(spec.all_layers):
         yield from _layer(rows, f"layers.{index}", layer, index, previous)
-        if layer.moe is not None:
-            previous = layer.moe.num_choices
+        if (routed := layer.routed) is not None:
+            previous = routed.num_choices
     yield from final_residual_rows(rows, "final_residual")
     if spec.has_norms:
-        yield from rows.norm("final_norm", spec.norm, (d,), ("embed",))
+        yield from rows.norm("final_norm", spec.last_norm, (d,), ("embed",))
     if isinstance(spec.head, UntiedHeadSpec):
         yield rows.matrix("head.w_head", (d, v), ("embed", "vocab"), "embeddings")
     if spec.head.bias:
@@ -82,6 +82,8 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
         yield from feed_forward_rows(rows, f"{name}.feed_forward", layer.feed_forward, "feed-forward")
     if layer.moe is not None:
         yield from moe_rows(rows, f"{name}.moe", layer.moe, previous)
+    elif (routed := layer.routed) is not None:
+        yield from router_rows(rows, f"{name}.moe.router", routed, previous)
     if layer.feed_forward_scale:
         yield rows.vector(f"{name}.feed_forward_scale", (1,), ("one",), "feed-forward", ONES)
     if convolution is not None and not layer.mixer_only:

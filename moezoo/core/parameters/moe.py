@@ -18,7 +18,7 @@ from moezoo.core.spec import (
 def moe_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iterator[Parameter]:
     """Yield every parameter of one MoE layer; `previous`: number of logits of the previous router, or None."""
     d, z = rows.embed_dim, spec.latent_dim
-    yield from _router(rows, f"{name}.router", spec, previous)
+    yield from router_rows(rows, f"{name}.router", spec, previous)
     if z is not None:
         yield rows.matrix(f"{name}.w_latent", (d, z), ("embed", "latent"), "routed experts")
     yield from feed_forward_rows(
@@ -30,6 +30,8 @@ def moe_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iter
         yield from _constant_experts(rows, f"{name}.constant_experts", spec.zero_computation)
     if spec.output_norm is not None:
         yield from rows.norm(f"{name}.output_norm", spec.output_norm, (d,), ("embed",))
+    if spec.output_bias:
+        yield rows.vector(f"{name}.b_output", (d,), ("embed",), "routed experts")
     if spec.shared is not None:
         yield from feed_forward_rows(rows, f"{name}.shared", spec.shared_feed_forward, "shared experts")
         if isinstance(spec.shared, ParallelFeedForwardSpec):
@@ -39,7 +41,8 @@ def moe_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iter
             yield rows.matrix(f"{name}.w_shared_gate", (d, 1), ("embed", "one"), "shared experts")
 
 
-def _router(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iterator[Parameter]:
+def router_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iterator[Parameter]:
+    """Yield every parameter of a router; `previous` as of `moe_rows`."""
     router, d, e = spec.router, rows.embed_dim, spec.num_choices
     if router.input == "normalized":
         yield rows.vector(f"{name}.input_scale", (d,), ("embed",), "router", ONES)

@@ -91,6 +91,7 @@ _SAME = {
     "output_norm": "norm",
     "kv_convolution": "residual_convolution",
     "output_convolution": "residual_convolution",
+    "final_norm": "norm",
     "head": "head",
     "attention_factors": "factors",
     "feed_forward_factors": "factors",

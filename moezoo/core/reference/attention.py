@@ -7,8 +7,10 @@ import autograd.numpy as np
 from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.convolution import residual_convolution
 from moezoo.core.reference.convolutional_attention import convolved, half_delayed_values
+from moezoo.core.reference.head_router import choose_heads, place_heads
 from moezoo.core.reference.normalization import l2_clipped, normalize
 from moezoo.core.reference.positions import Documents, relative_bias, relative_features, rotate, within_documents
+from moezoo.core.reference.routing import Routing
 from moezoo.core.reference.sparse_attention import block_indexer, choose_blocks
 from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
 
@@ -123,6 +125,7 @@ def grouped_query_attention(
     first_value_BTMH: Array | None = None,
     source: tuple[Array, Array] | None = None,
     documents: Documents | None = None,
+    routing: Routing | None = None,
 ) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1, or in each document: [B, T, D] -> [B, T, D].
 
@@ -136,6 +139,7 @@ def grouped_query_attention(
             no `value_mix`.
         source: keys and values of layer `keys_of_layer`, as that layer attends to them.
         documents: those of packed sequences, each by itself; None: every sequence is one.
+        routing: of a router over heads: K of the G query heads of each key/value head attend (`choose_heads`).
 
     Source: see GroupedQueryAttentionSpec.
     """
@@ -155,21 +159,17 @@ def grouped_query_attention(
             mixed = (1 - mix) * value + mix * first_value_BTMH
         source = key, mixed
     key, mixed = source
-    mask_TS = within_documents(visible(spec, position_T, position_T), documents)
-    if spec.indexer is not None:
-        own = inside(parameters, "indexer")
-        index = block_indexer(spec.indexer, spec.position, spec.head_dim, own, x_BTD, position_T, documents)
-        mask_TS = choose_blocks(spec.indexer, *index, position_T, position_T, mask_TS)
     attended = attend(
-        query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim),
+        choose_heads(query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim), routing),
         key,
         mixed,
-        mask_TS,
+        _mask(spec, parameters, x_BTD, position_T, documents),
         scale=spec.scale,
         softcap=spec.softcap,
         sink_N=_sinks(spec, parameters, x_BTD),
         bias_BNTS=_relative_bias(spec, parameters, x_BTD, position_T),
-    ).reshape(batch, length, spec.num_heads, spec.value_dim)
+    )
+    attended = place_heads(attended, routing).reshape(batch, length, spec.num_heads, spec.value_dim)
     attended = _gated(spec, parameters, attended, x_BTD)
     output = adapter.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
     if spec.output_bias:
@@ -204,6 +204,22 @@ def _projected(
         key = residual_convolution(spec.kv_convolution, of_key, key, x_BTD, documents)
         value = residual_convolution(spec.kv_convolution, of_value, value, x_BTD, documents)
     return query, key, value
+
+
+def _mask(
+    spec: GroupedQueryAttentionSpec,
+    parameters: Parameters,
+    x_BTD: Array,
+    position_T: Array,
+    documents: Documents | None,
+) -> Array:
+    """Return what each query may attend to: [T, S] or [B, T, S]."""
+    mask_TS = within_documents(visible(spec, position_T, position_T), documents)
+    if spec.indexer is None:
+        return mask_TS
+    own = inside(parameters, "indexer")
+    index = block_indexer(spec.indexer, spec.position, spec.head_dim, own, x_BTD, position_T, documents)
+    return choose_blocks(spec.indexer, *index, position_T, position_T, mask_TS)
 
 
 def _keys_and_values(

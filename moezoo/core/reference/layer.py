@@ -12,6 +12,7 @@ from moezoo.core.reference.attention import Attended, Source
 from moezoo.core.reference.choice import NO_CONTEXT, RoutingContext
 from moezoo.core.reference.convolution import residual_convolution
 from moezoo.core.reference.feed_forward import feed_forward
+from moezoo.core.reference.head_router import route_heads
 from moezoo.core.reference.layer_inputs import layer_input
 from moezoo.core.reference.mixer import mix
 from moezoo.core.reference.moe import moe
@@ -95,10 +96,10 @@ def layer(
 
     A block f is added to the x that it reads from the residual stream as `norm_placement` says: `pre` x + f(norm(x));
     `post` x + norm(f(x)); `sandwich` x + norm(f(norm(x))); `parallel`: both blocks see norm(x) of the layer's input;
-    `stream`: n + f(n) with n = norm(x). Factors multiply both terms. What is added is dropped out and multiplied by
-    `multipliers.residual`; the model's `residual` says what reading and adding are. A layer with a `shortcut` has a
-    feed-forward and a MoE, which both see norm(x) after attention; the MoE's output is added at the end of the next
-    layer. First of all `ngram_embeddings` are added; at the end the layer's own input, and last, the `output_scale`.
+    `stream`: n + f(n) with n = norm(x). Factors multiply both terms. f is dropped out and multiplied by
+    `multipliers.residual`; `residual` says what reading and adding are. A layer with a `shortcut` has a feed-forward
+    and a MoE, with one input; the MoE's output is added at the end of the next layer. `ngram_embeddings` are added
+    first, the layer's own input at the end; last comes `output_scale`.
 
     Args:
         parameters: the layer's own.
@@ -108,29 +109,29 @@ def layer(
     Source: LayerSpec and ModelSpec name those of the options.
     """
     spec, name, record = model.all_layers[index], f"layers.{index}", inputs.record
-    key = None if inputs.key is None else fold_in(inputs.key, index)
-    streams, attended = _with_ngrams(model, index, parameters, state.streams, inputs), Attended(None, None, None)
+    key, attended = None if inputs.key is None else fold_in(inputs.key, index), Attended(None, None, None)
+    context, own_moe = inputs.routing_context(index, state, key), inside(parameters, "moe")
+    streams, routing = _with_ngrams(model, index, parameters, state.streams, inputs), None
     if not isinstance(spec.attention, NoAttentionSpec):
         x_BTD, add = _read(model, index, parameters, "attention", streams, key)
         seen_BTD, own = _norm_before(model, spec, parameters, "attention", x_BTD), inside(parameters, "attention")
-        attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents)
+        if spec.head_router is not None:
+            routing = route_heads(spec.head_router, own_moe, seen_BTD, context, record, f"{name}.moe")
+        attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents, routing)
         record[f"{name}.attention"] = attended.out_BTD
         streams = add(_convolved(spec, parameters, "attention", attended.out_BTD, inputs))
     if not spec.mixer_only:
         x_BTD, add = _read(model, index, parameters, "feed_forward", streams, key)
         if spec.norm_placement != "parallel":
             seen_BTD = _norm_before(model, spec, parameters, "feed_forward", x_BTD)
-    routing = None
     if spec.moe is not None:
-        context, own = inputs.routing_context(index, state, key), inside(parameters, "moe")
-        out, routing = moe(spec.moe, own, seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
+        out, routing = moe(spec.moe, own_moe, seen_BTD, context, raw_BTD=x_BTD, record=record, name=f"{name}.moe")
         record[f"{name}.moe"] = out
     shortcut_BTD = _added(model, out, key, SHORTCUT_DROPOUT) if spec.shortcut else None
     if spec.feed_forward is not None:
         own, scale = inside(parameters, "feed_forward"), parameters.get("feed_forward_scale", 1.0)
         out = record[f"{name}.feed_forward"] = scale * feed_forward(spec.feed_forward, own, seen_BTD)
-    if not spec.mixer_only:
-        streams = add(_convolved(spec, parameters, "feed_forward", out, inputs))
+    streams = streams if spec.mixer_only else add(_convolved(spec, parameters, "feed_forward", out, inputs))
     streams = streams if state.shortcut_BTD is None else streams + state.shortcut_BTD
     if model.layer_inputs is not None:
         own = inside(parameters, "layer_input")

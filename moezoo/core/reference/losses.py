@@ -343,7 +343,7 @@ def loss_terms(
             value = auxiliary_loss(loss, moe, routing, target_BT.shape, load_E=load_E, documents=documents)
             found.setdefault(loss.kind, []).append((index, loss.coefficient, value))
             if isinstance(loss, PooledBalanceLossSpec):
-                pooled.append(routing.logits_PE)
+                pooled += [routing.logits_PE] * loss.times
                 pooled_top_k = moe.router.top_k
     if index_losses:
         found["index"] = list(index_losses)

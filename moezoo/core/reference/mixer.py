@@ -11,6 +11,7 @@ from moezoo.core.reference.lightning_attention import lightning_attention
 from moezoo.core.reference.mamba import mamba
 from moezoo.core.reference.mamba2 import mamba2
 from moezoo.core.reference.positions import Documents
+from moezoo.core.reference.routing import Routing
 from moezoo.core.reference.short_convolution import short_convolution
 from moezoo.core.spec import (
     CompressedAttentionSpec,
@@ -32,6 +33,7 @@ def mix(
     first_value_BTMH: Array | None,
     sources: Mapping[int, Source | None],
     documents: Documents | None,
+    routing: Routing | None = None,
 ) -> Attended:
     """Mix the tokens of each sequence, causally: [B, T, D] -> [B, T, D], by the kind of the spec.
 
@@ -40,13 +42,16 @@ def mix(
         first_value_BTMH: values of the first layer's attention, or None in that layer itself.
         sources: what the layers before share, by index: keys and values, or positions chosen by an indexer.
         documents: those of packed sequences; none of them affects another.
+        routing: of a router over attention heads.
     """
     match spec:
         case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
-            return grouped_query_attention(spec, parameters, x_BTD, source=sources[other], documents=documents)
+            return grouped_query_attention(
+                spec, parameters, x_BTD, source=sources[other], documents=documents, routing=routing
+            )
         case GroupedQueryAttentionSpec():
             return grouped_query_attention(
-                spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH, documents=documents
+                spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH, documents=documents, routing=routing
             )
         case GatedDeltaAttentionSpec():
             return gated_delta_attention(spec, parameters, x_BTD, documents=documents)

@@ -29,7 +29,7 @@ def moe(
     `out = sum over chosen experts of weight * expert(x)`, plus shared experts, which compute every token
     (`with_shared`), and experts that compute nothing (`without_computation`). With `apply_to: input` it is the sum of
     `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent`, and w_output follows their sum; the router,
-    shared experts and those without computation stay outside. Last comes the `output_norm`, if there is one.
+    shared experts and those without computation stay outside. Last come `output_norm` and `output_bias`, if set.
 
     Args:
         spec: the MoE layer.
@@ -68,6 +68,8 @@ def moe(
         out_PD = with_shared(spec, parameters, x_PD, out_PD, routing.shared_weight_PE)
     if spec.output_norm is not None:
         out_PD = normalize(spec.output_norm, inside(parameters, "output_norm"), out_PD)
+    if spec.output_bias:
+        out_PD = out_PD + parameters["b_output"]
     return np.reshape(out_PD, x_BTD.shape), routing
 
 

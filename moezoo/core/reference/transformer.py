@@ -85,7 +85,7 @@ def forward(
         sources[index] = output.source
         outputs.append(output)
     x_BTD = leave(spec.residual, spec.norm, inside(parameters, "final_residual"), state.streams)
-    x_BTD = normalize(spec.norm, inside(parameters, "final_norm"), x_BTD) if spec.has_norms else x_BTD
+    x_BTD = normalize(spec.last_norm, inside(parameters, "final_norm"), x_BTD) if spec.has_norms else x_BTD
     record |= {"final_norm": x_BTD, "logits": (logits_BTV := _logits(spec, parameters, x_BTD))}
     return Forward(
         logits_BTV,

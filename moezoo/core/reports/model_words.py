@@ -182,7 +182,7 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
         assert layer.moe is not None
         text = f"{_feed_forward(layer.feed_forward)}; into the next layer: {_moe(layer.moe)}"
     elif layer.mixer_only:
-        text = "no feed-forward"
+        text = "no feed-forward" if layer.routed is None else f"no feed-forward; {_heads(layer.routed)}"
     elif layer.moe is not None:
         text = _moe(layer.moe)
     else:
@@ -312,6 +312,11 @@ def _convolution(spec: ResidualConvolutionSpec) -> str:
     return f"{kind} of {spec.width}" + (" of unit variance" if spec.unit_variance else "")
 
 
+def _heads(spec: MoESpec) -> str:
+    parts = [f"{_choice(spec)} of {spec.num_experts} query heads per key", _weights(spec.router)]
+    return "; ".join([*parts, *(f"{loss.kind} {loss.coefficient:g}" for loss in spec.losses)])
+
+
 def _moe(spec: MoESpec) -> str:
     parts = [f"{_choice(spec)} of {spec.num_experts} experts, {_feed_forward(spec.experts)}"]
     if spec.latent_dim is not None:
@@ -331,6 +336,8 @@ def _moe(spec: MoESpec) -> str:
             assert_never(spec.shared)
     if spec.output_norm is not None:
         parts.append("normalized output")
+    if spec.output_bias:
+        parts.append("biased output")
     parts.append(_weights(spec.router))
     match spec.dispatch:
         case DroplessSpec():

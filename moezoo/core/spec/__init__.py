@@ -30,7 +30,7 @@ from moezoo.core.spec.feed_forward import (
 )
 from moezoo.core.spec.head import HeadSpec, TiedHeadSpec, UntiedHeadSpec
 from moezoo.core.spec.indexer import BlockIndexerSpec, IndexerSpec
-from moezoo.core.spec.layer import BlockFactorsSpec, LayerSpec, with_repeats
+from moezoo.core.spec.layer import BlockFactorsSpec, HeadRouterSpec, LayerSpec, with_repeats
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
     CommunicationBalanceLossSpec,
@@ -136,6 +136,7 @@ __all__ = [
     "GroupedTopKChoiceSpec",
     "HashChoiceSpec",
     "HeadConvolutionSpec",
+    "HeadRouterSpec",
     "HeadSpec",
     "HeterogeneousBalanceLossSpec",
     "HyperConnectionsSpec",

@@ -1,18 +1,21 @@
 """Layers as data."""
 
 from collections.abc import Sequence
+from fractions import Fraction
 from typing import Literal
 
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import PositiveFloat, PositiveInt, ValidationError, model_validator
 
-from moezoo.core.spec.attention import AttentionSpec, LatentAttentionSpec, NoAttentionSpec
+from moezoo.core.spec.attention import AttentionSpec, GroupedQueryAttentionSpec, LatentAttentionSpec, NoAttentionSpec
 from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.compressed_attention import CompressedAttentionSpec, CompressionSpec
 from moezoo.core.spec.convolution import ResidualConvolutionSpec
-from moezoo.core.spec.feed_forward import FeedForwardSpec
+from moezoo.core.spec.feed_forward import FeedForwardSpec, PlainFeedForwardSpec
 from moezoo.core.spec.indexer import IndexerSpec
+from moezoo.core.spec.losses import AuxiliaryLossSpec
 from moezoo.core.spec.moe import MoESpec
 from moezoo.core.spec.ngram_embeddings import NGramEmbeddingsSpec
+from moezoo.core.spec.routing import RouterSpec
 from moezoo.core.spec.shared_experts import ParallelFeedForwardSpec
 
 
@@ -21,6 +24,18 @@ class BlockFactorsSpec(Part):
 
     stream: PositiveFloat = 1.0
     block: PositiveFloat = 1.0
+
+
+class HeadRouterSpec(Part):
+    """Router over attention heads (mixture of attention heads): of the G query heads per key/value head, top_k compute.
+
+    An expert is one query head of each key/value head, with its query and output projections; keys and values are
+    shared. Each token's router chooses experts for it, and their outputs are weighted. Source: Zhang et al. 2022 (MoA),
+    arXiv 2210.05144; Shen et al. 2024 (JetMoE), arXiv 2404.07413.
+    """
+
+    router: RouterSpec
+    losses: tuple[AuxiliaryLossSpec, ...] = ()
 
 
 class LayerSpec(Part):
@@ -41,7 +56,7 @@ class LayerSpec(Part):
     block, `y * sigmoid(silu(y w_down) w_up)` (A.X-K2); null: none. `ngram_embeddings` are added to the residual stream
     before the layer. `output_convolution`: a short convolution of what each block returns, before it is normalized or
     added; `feed_forward_scale`: the dense feed-forward's output is multiplied by a learned number that starts at 1
-    (both: Inkling).
+    (both: Inkling). `head_router`: a router over attention heads.
     """
 
     repeat: PositiveInt = 1
@@ -52,6 +67,7 @@ class LayerSpec(Part):
     shortcut: bool = False
     output_scale: bool = False
     mixer_only: bool = False
+    head_router: HeadRouterSpec | None = None
     attention_factors: BlockFactorsSpec = BlockFactorsSpec()
     feed_forward_factors: BlockFactorsSpec = BlockFactorsSpec()
     attention_norm_gate: PositiveInt | None = None
@@ -75,6 +91,53 @@ class LayerSpec(Part):
                 return indexer
             case _:
                 return None
+
+    @property
+    def routed(self) -> MoESpec | None:
+        """The MoE that the layer's router chooses from: its own, or its attention heads as experts."""
+        attention = self.attention
+        if self.head_router is None or not isinstance(attention, GroupedQueryAttentionSpec):
+            return self.moe
+        return MoESpec(
+            num_experts=attention.num_heads // attention.num_kv_heads,
+            router=self.head_router.router,
+            experts=PlainFeedForwardSpec(kind="relu", hidden_dim=attention.num_kv_heads * attention.head_dim),
+            losses=self.head_router.losses,
+        )
+
+    @property
+    def head_share(self) -> Fraction:
+        """Share of the attention's query heads that compute a token."""
+        routed = None if self.head_router is None else self.routed
+        return Fraction(1) if routed is None else Fraction(routed.router.top_k, routed.num_experts)
+
+    @model_validator(mode="after")
+    def _heads(self) -> "LayerSpec":
+        if self.head_router is None:
+            return self
+        if not self.mixer_only:
+            raise impossible(
+                "head_router",
+                "is set, but a layer has one router",
+                "Use mixer_only: true, and a layer with attention: {kind: none} for the feed-forward",
+            )
+        attention, router = self.attention, self.head_router.router
+        if not isinstance(attention, GroupedQueryAttentionSpec) or attention.sinks:
+            raise impossible(
+                "head_router", "is set, which needs grouped_query attention without sinks", "Remove one of the two"
+            )
+        if router.apply_to == "input" or (router.jitter is not None and router.jitter.of == "mixture"):
+            raise impossible(
+                "head_router.router",
+                "has apply_to: input or jitter {of: mixture}, which need experts with an input of their own",
+                "Use apply_to: output, and jitter {of: input} or {of: logits}",
+            )
+        try:
+            _ = self.routed
+        except ValidationError as error:
+            found = error.errors()[0].get("ctx", {})
+            raise impossible(f"head_router.{found['path']}", found["problem"], found["advice"]) from None
+        return self
 
     @model_validator(mode="after")
     def _one_feed_forward(self) -> "LayerSpec":

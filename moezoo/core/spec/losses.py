@@ -105,12 +105,14 @@ class HeterogeneousBalanceLossSpec(Part):
 class PooledBalanceLossSpec(Part):
     """Load-balancing loss over the pooled tokens of all layers that list it, as in transformers; K when balanced.
 
-    It cannot detect layers that have each collapsed onto different experts. Source: transformers,
+    It cannot detect layers that have each collapsed onto different experts. `times`: how often this layer's tokens are
+    in the pool; its routers over attention heads are there twice in transformers (JetMoE). Source: transformers,
     `load_balancing_loss_func` of its Mixtral model.
     """
 
     kind: Literal["pooled_balance"] = "pooled_balance"
     coefficient: Coefficient
+    times: PositiveInt = 1
 
 
 AuxiliaryLossSpec = Annotated[

@@ -1,6 +1,7 @@
 """The whole model as data."""
 
 from itertools import pairwise
+from operator import attrgetter
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -100,11 +101,11 @@ class ModelSpec(Part):
     """A decoder-only language model. `vocab_size: null` in a config takes the size of the tokenizer's vocabulary.
 
     `embedding_norm`: the embedded token is normalized, as blocks' inputs are, before its multiplier (BLOOM, arXiv
-    2211.05100; Inkling).
-    `position`: position vectors added to the embedding, in addition to those inside attention. `softcap`: logits become
-    `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `residual`: how blocks read from and add to the
-    residual stream. `dropout`: rate of dropout on each block's residual update in training (Srivastava et al. 2014).
-    `adapter`: low-rank adapters of matrices; configs have it at the top.
+    2211.05100; Inkling). `position`: position vectors added to the embedding, in addition to those inside attention.
+    `softcap`: logits become `softcap * tanh(logit / softcap)` (Gemma 2, arXiv 2408.00118). `residual`: how blocks read
+    from and add to the residual stream. `final_norm`: the last norm, where it is another. `dropout`: rate on each
+    block's residual update in training (Srivastava et al. 2014). `adapter`: low-rank adapters of matrices; configs have
+    it at the top.
     """
 
     vocab_size: PositiveInt | None = None
@@ -114,6 +115,7 @@ class ModelSpec(Part):
     layer_inputs: LayerInputsSpec | None = None
     layers: tuple[LayerSpec, ...]
     norm: NormSpec = RMSNormSpec()
+    final_norm: NormSpec | None = None
     head: HeadSpec = UntiedHeadSpec()
     multipliers: MultipliersSpec = MultipliersSpec()
     residual: ResidualSpec = SumResidualSpec()
@@ -149,7 +151,8 @@ class ModelSpec(Part):
                 "is true, but no later layer follows to which the MoE output could be added",
                 "Remove it, or add a layer",
             )
-        check_residual(self.residual, self.layers, has_layer_inputs=self.layer_inputs is not None)
+        more = {"has_layer_inputs": self.layer_inputs is not None, "has_final_norm": self.final_norm is not None}
+        check_residual(self.residual, self.layers, **more)
         check_ngram_embeddings(self.layers, self.vocab_size)
         self._check_later_layers()
         self._check_shared_layers()
@@ -171,8 +174,8 @@ class ModelSpec(Part):
                 "is true, but it mixes the first layer's values into later layers, and none of them has it",
                 "Remove it, or set it on later layers too",
             )
-        routers = [(place, layer.moe.router) for place, layer in places if layer.moe is not None]
-        for name, of in (("gating_residual", _gating_residual), ("mlp.depth_average", _depth_average)):
+        routers = [(place, routed.router) for place, layer in places if (routed := layer.routed) is not None]
+        for name, of in (("gating_residual", attrgetter("gating_residual")), ("mlp.depth_average", _depth_average)):
             if routers and of(routers[0][1]) and not any(of(router) for _, router in routers[1:]):
                 raise impossible(
                     f"layers[{routers[0][0]}].moe.router.{name}",
@@ -211,7 +214,7 @@ class ModelSpec(Part):
         """Raise if layers with pooled_balance differ in number of experts, top_k or coefficient."""
         named = [
             (place, moe.num_choices, moe.router.top_k, loss.coefficient)
-            for place, moe in enumerate(layer.moe for layer in self.layers)
+            for place, moe in enumerate(layer.routed for layer in self.layers)
             if moe is not None
             for loss in moe.losses
             if isinstance(loss, PooledBalanceLossSpec)
@@ -238,7 +241,7 @@ class ModelSpec(Part):
             "shared": any(moe.shared is not None for moe in moes),
             "dense": self.layer_inputs is not None
             or any(layer.feed_forward is not None or layer.ngram_embeddings is not None for layer in layers),
-            "router": bool(moes),
+            "router": any(layer.routed is not None for layer in layers),
             "embedding": True,
             "head": isinstance(self.head, UntiedHeadSpec),
         }
@@ -248,6 +251,11 @@ class ModelSpec(Part):
     def adapted_roles(self) -> tuple[AdapterRole, ...]:
         """Roles of the adapted matrices; empty without an adapter."""
         return () if self.adapter is None else self.adapter.roles(self._adaptable_roles(self.adapter))
+
+    @property
+    def last_norm(self) -> NormSpec:
+        """The norm before the head."""
+        return self.norm if self.final_norm is None else self.final_norm
 
     @property
     def all_layers(self) -> tuple[LayerSpec, ...]:
@@ -261,8 +269,8 @@ class ModelSpec(Part):
 
     @property
     def moes(self) -> tuple[tuple[int, MoESpec], ...]:
-        """Each MoE layer's index in `all_layers` and its MoE spec, in order."""
-        return tuple((index, layer.moe) for index, layer in enumerate(self.all_layers) if layer.moe is not None)
+        """Each layer with a router: its index in `all_layers`, and its MoE spec (`LayerSpec.routed`), in order."""
+        return tuple((place, moe) for place, each in enumerate(self.all_layers) if (moe := each.routed) is not None)
 
     @property
     def num_streams(self) -> int:
@@ -310,12 +318,12 @@ class ModelSpec(Part):
     @property
     def inference_differs(self) -> bool:
         """True if routing at inference differs from noiseless training."""
-        return any(layer.moe is not None and layer.moe.inference_differs for layer in self.layers)
+        return any(moe.inference_differs for _, moe in self.moes)
 
     @property
     def sequences_compete(self) -> bool:
         """True if the routing of a token in training depends on the other sequences of its batch."""
-        return any(layer.moe is not None and layer.moe.sequences_compete for layer in self.layers)
+        return any(moe.sequences_compete for _, moe in self.moes)
 
     @property
     def max_length(self) -> int | None:
@@ -353,10 +361,6 @@ class ModelSpec(Part):
                 "model.vocab_size is null; expected a number when the model is built. Set it, or set a tokenizer."
             )
         return self.vocab_size
-
-
-def _gating_residual(router: RouterSpec) -> bool:
-    return router.gating_residual
 
 
 def _depth_average(router: RouterSpec) -> bool:

@@ -99,7 +99,7 @@ class MoESpec(Part):
 
     `num_experts`: at most 2**20, as in He 2024, arXiv 2407.04153 (a million experts). `latent_dim`: the routed experts
     run at this width, between two shared projections (Nemotron-3). `output_norm` normalizes the layer's output, the
-    sum of routed and shared experts (A.X-K1); null: none.
+    sum of routed and shared experts (A.X-K1); null: none. `output_bias`: a bias is added to it (JetMoE).
     """
 
     num_experts: Annotated[int, Field(ge=1, le=1 << 20)]
@@ -109,6 +109,7 @@ class MoESpec(Part):
     zero_computation: ZeroComputationSpec | None = None
     shared: SharedSpec | None = None
     output_norm: NormSpec | None = None
+    output_bias: bool = False
     dispatch: DispatchSpec = DroplessSpec()
     losses: tuple[AuxiliaryLossSpec, ...] = ()
 

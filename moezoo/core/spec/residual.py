@@ -76,7 +76,9 @@ ResidualSpec = Annotated[
 ]
 
 
-def check_residual(spec: ResidualSpec, layers: Sequence[LayerSpec], *, has_layer_inputs: bool) -> None:
+def check_residual(
+    spec: ResidualSpec, layers: Sequence[LayerSpec], *, has_layer_inputs: bool, has_final_norm: bool
+) -> None:
     """Raise if a model adds to its residual stream in a way that this kind of residual has no meaning for."""
     for place, layer in enumerate(layers):
         if layer.norm_placement == "stream" and not isinstance(spec, SumResidualSpec):
@@ -85,6 +87,12 @@ def check_residual(spec: ResidualSpec, layers: Sequence[LayerSpec], *, has_layer
                 f"is stream, which normalizes the stream itself, but residual is {spec.kind}",
                 "Use norm_placement: pre, or residual: {kind: sum}",
             )
+    if has_final_norm and isinstance(spec, GatedStreamsSpec):
+        raise impossible(
+            "final_norm",
+            "is set, but residual is gated_streams, which normalizes what it reads",
+            "Remove one of the two",
+        )
     shortcut = any(layer.shortcut for layer in layers)
     match spec:
         case SumResidualSpec() | ScaledResidualSpec():

@@ -124,7 +124,7 @@ def _programs(model: ModelSpec) -> list[tuple[ModelSpec, int]]:
 
 
 def _uses_another_layer(layer: LayerSpec) -> bool:
-    attention, moe = layer.attention, layer.moe
+    attention, moe = layer.attention, layer.routed
     shared = isinstance(attention, GroupedQueryAttentionSpec) and (
         attention.keys_of_layer is not None or attention.value_residual
     )

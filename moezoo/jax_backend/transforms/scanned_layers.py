@@ -277,7 +277,8 @@ def _once(layer: LayerSpec) -> LayerSpec:
 
 
 def _reads_previous(layer: LayerSpec) -> bool:
-    return layer.moe is not None and layer.moe.router.reads_previous
+    routed = layer.routed
+    return routed is not None and routed.router.reads_previous
 
 
 def _each(stacked: Any, length: int) -> list[Any]:

@@ -334,6 +334,19 @@ def test_linear_attention_costs_the_same_at_every_length_and_adds_nothing_to_the
     assert training_memory(config).activations == 3 * 5 * (saved + 4 * 3 * 4 * 3 + AROUND)
 
 
+def test_of_heads_that_a_router_chooses_only_the_chosen_ones_are_active():
+    heads, width = 10 * 6, 2 * 6
+    attention = "{num_heads: 10, num_kv_heads: 2, head_dim: 6}"
+    chosen = one_layer(attention, "mixer_only: true, head_router: {router: {top_k: 2}}").model
+    counts, flops = parameter_counts(chosen), flops_per_token(chosen, 5, False)
+    assert counts.by_role["attention"] == 2 * 20 * heads + 2 * 20 * width
+    assert counts.active_by_role["attention"] == 2 * 20 * heads * 2 // 5 + 2 * 20 * width
+    assert counts.by_role["router"] == 20 * 5
+    assert flops.attention_scores == 2 * 2 * 2 * (6 + 6) * 3
+    assert flops.attention_projections == 2 * counts.active_by_role["attention"]
+    assert flops.router == 2 * 20 * 5
+
+
 def test_mamba2_costs_the_same_at_every_length_and_adds_nothing_to_the_cache():
     config = one_layer("{kind: mamba2, num_heads: 4, head_dim: 5, state_dim: 3, num_groups: 2, conv_width: 3}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

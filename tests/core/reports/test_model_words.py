@@ -127,7 +127,7 @@ def spec_of(layer=None, **fields):
         ),
         (
             {"convolution": {"mix_width": 3}, "qk_norm": {}, "key_temperature": True},
-            "8 heads of 6, 2 key/value, RoPE 10,000, qk norm, convolutions of 2 and 3, temperature of keys",
+            "4 heads of 6, 2 key/value, RoPE 10,000, qk norm, convolutions of 2 and 3, temperature of keys",
         ),
         ({"kind": "short_convolution"}, "short convolution of 3"),
         ({"kind": "short_convolution", "conv_width": 4, "bias": True}, "short convolution of 4, biases"),
@@ -172,6 +172,14 @@ def test_dense_feed_forward_and_norm_placement(fields, words):
     factors = {"attention_factors": {"stream": 3.5}, "norm_placement": "stream"}
     weighted = spec_of({"feed_forward": fields} | factors).layers[0]
     assert feed_forward_in_words(weighted) == f"{words}; stream norms; stream times 3.5, attention times 1"
+
+
+def test_a_router_over_heads_is_described_where_the_feed_forward_would_be():
+    router = {"router": {"top_k": 2}, "losses": [{"kind": "pooled_balance", "coefficient": 0.01}]}
+    heads = {"num_heads": 10, "num_kv_heads": 2, "head_dim": 4}
+    spec = spec_of(layers=[{"attention": heads, "mixer_only": True, "head_router": router}])
+    words = "no feed-forward; 2 of 5 query heads per key; softmax, renormalized; pooled_balance 0.01"
+    assert feed_forward_in_words(spec.layers[0]) == words
 
 
 def test_shortcut_layer_names_both_feed_forwards():

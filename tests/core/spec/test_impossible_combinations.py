@@ -217,6 +217,11 @@ CASES = {
         "model.residual is hyper_connections, but there are layer_inputs, a shortcut, an output_scale or parallel "
         "blocks, which add to one stream (x.yaml). Remove one of the two.",
     ),
+    "gated_streams with a final norm": (
+        model(layer(), residual={"kind": "gated_streams", "rank": 3}, final_norm={}),
+        "model.final_norm is set, but residual is gated_streams, which normalizes what it reads (x.yaml). Remove one "
+        "of the two.",
+    ),
     "gated_streams with another norm": (
         model(layer(norm_placement="sandwich"), residual={"kind": "gated_streams", "rank": 3}),
         "model.layers[0].norm_placement is sandwich, but residual is gated_streams, whose streams are normalized as "
@@ -300,6 +305,25 @@ CASES = {
         model(layer(norm_placement="stream"), residual={"kind": "depth_scaled"}),
         "model.layers[0].norm_placement is stream, which normalizes the stream itself, but residual is depth_scaled "
         "(x.yaml). Use norm_placement: pre, or residual: {kind: sum}.",
+    ),
+    "two routers in a layer": (
+        model(layer(HEADS, head_router={"router": {"top_k": 1}})),
+        "model.layers[0].head_router is set, but a layer has one router (x.yaml). Use mixer_only: true, and a layer "
+        "with attention: {kind: none} for the feed-forward.",
+    ),
+    "a router over the heads of a state": (
+        model({"attention": MAMBA2, "mixer_only": True, "head_router": {"router": {"top_k": 1}}}),
+        "model.layers[0].head_router is set, which needs grouped_query attention without sinks (x.yaml). Remove one of "
+        "the two.",
+    ),
+    "more heads chosen than there are": (
+        model({"attention": HEADS, "mixer_only": True, "head_router": {"router": {"top_k": 9}}}),
+        "model.layers[0].head_router.router.top_k is 9, but num_experts is 2 (x.yaml). Use top_k <= 2.",
+    ),
+    "a weight on the input of heads": (
+        model({"attention": HEADS, "mixer_only": True, "head_router": {"router": {"top_k": 1, "apply_to": "input"}}}),
+        "model.layers[0].head_router.router has apply_to: input or jitter {of: mixture}, which need experts with an "
+        "input of their own (x.yaml). Use apply_to: output, and jitter {of: input} or {of: logits}.",
     ),
     "a gate of a norm of no block": (
         model(layer({"kind": "none"}, attention_norm_gate=3)),
