@@ -25,6 +25,8 @@ LAWS = {
     "time_step": {"mean": -1.0, "std": 0.5},
     "convolution": {"mean": 0.0, "std": 0.5},
     "scale": {"mean": 1.0, "std": 0.2},
+    "router_mlp": {"mean": 0.0, "std": 0.8},
+    "router_threshold": {"mean": -1.5, "std": 0.3},  # few features of a token are not 0, so tokens differ
     "codes": {"mean": 0.0, "std": 16.0},  # E4M3
     "blocks": {"low": 0, "high": 255},  # two codes of MXFP4
     "scales": {"low": 122, "high": 123},  # exponent + 127
@@ -32,16 +34,19 @@ LAWS = {
 
 # the first matching pattern decides
 LAW_OF_NAME = (
-    (r"e_score_correction_bias$|expert_bias$", "correction"),
+    (r"e_score_correction_bias$|expert_bias$|balancing_biases$", "correction"),
     (r"sinks$|attention_sink_bias$|softmax_offset$|sink_param$", "sink"),
     (r"A_log$", "log_decay"),
     (r"dt_bias$", "time_step"),
-    (r"conv1d\.weight$|conv\.conv\.weight$|sconv.*static_w", "convolution"),
+    (r"conv1d\.weight$|conv\.conv\.weight$|conv_qk_depthwise\.weight$|sconv.*static_w", "convolution"),
     (
         r"layer_scalar$|per_expert_scale$|router\.scale$|hc(_head)?_scale$|hc\.scale$|global_scale$|l2_clip\.scale$",
         "scale",
     ),
+    (r"(residual|states)_scale$|qk_norm\.temp$", "scale"),
     (r"embed_tokens\.weight$|wte\.weight$", "embedding"),
+    (r"mlp\.gate\.(down_proj|router_mlp\.(fc\d|out_proj))\.weight$", "router_mlp"),
+    (r"router_mlp\.fc1\.bias$", "router_threshold"),
     (r"bias$|hc(_head)?_base$|hc\.base$", "bias"),
     (r"norm(_1|_2|_f)?(\.\d)?\.weight$", "norm"),
     (r"\.(gate|router|router\.layer|router\.gate|router\.classifier|gate\.wg|router\.proj)\.weight$", "router"),
@@ -62,6 +67,7 @@ class Case:
     laws: dict[str, dict[str, float]] = field(default_factory=dict)
     keep_hidden: bool = False
     cache_agrees: bool = True  # False: RoPE frequencies change with the length, so cached keys differ
+    idle_experts: int = 0  # so many of all layers' experts need no token: a random MLP hardly tells tokens apart
     refused: str = ""  # moezoo's error message, if it does not support the case
     wrapper: dict[str, Any] = field(
         default_factory=dict

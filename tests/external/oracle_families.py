@@ -1197,3 +1197,31 @@ add(
     keep_hidden=True,
     **JETMOE,
 )
+ZAYA = dict(
+    model_type="zaya",
+    num_hidden_layers=3,
+    layer_types=["hybrid", "hybrid_sliding", "hybrid"],
+    sliding_window=7,
+    rope_parameters={
+        "hybrid": {"rope_type": "default", "rope_theta": 5e4, "partial_rotary_factor": 0.5},
+        "hybrid_sliding": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.25},
+    },
+    head_dim=8,
+    moe_intermediate_size=20,
+    num_experts=5,
+    num_experts_per_tok=1,
+    router_hidden_size=20,
+    cca_time0=3,
+    cca_time1=2,
+    attention_bias=True,
+    lm_head_bias=True,
+)
+add(
+    "zaya",
+    "convolutional attention, routers as MLPs averaged over depth, a skipped expert, scaled residual",
+    keep_hidden=True,
+    laws={"bias": {"mean": 0.0, "std": 0.05}, "embedding": {"mean": 0.0, "std": 1.5}},
+    idle_experts=2,
+    hub_only={"rope_parameters": {**ZAYA["rope_parameters"], "rope_type": "default"}},
+    **ZAYA,
+)

@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "families"
 RELEASES: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/data/releases.json").read_text(encoding="utf-8"))
 """By the name of the config: the release, where its sizes are from, its published parameter counts and who published
-them, and those fields of its config.json that are not the family's defaults. `active_without` says which embeddings
-the published count of active parameters leaves out."""
+them, and those fields of its config.json that are not the family's defaults. `active_without` and `total_without` say
+which embeddings the published count leaves out."""
 
 _REST = """\
 data:

@@ -52,6 +52,7 @@ IDLE = {
     # overridden by rope_parameters
     "partial_rotary_factor": ("mimo_v2_flash*",),
     "rope_theta": ("granitemoe_swa*", "mimo_v2_flash*", "granitemoehybrid"),
+    "rope_type": ("zaya",),  # beside the RoPE of each kind of layer, where transformers removes it
     "rotary_dim": ("minimax_m2*",),
     "swa_rope_theta": ("mimo_v2_flash*",),
     "type": ("*",),

@@ -30,6 +30,7 @@ NOT_THERE = {
     "hy_v4",
     "inkling_text",
     "kolibri1",
+    "zaya",
 }
 
 

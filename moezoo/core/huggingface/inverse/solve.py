@@ -350,4 +350,6 @@ class _Search:
 
 
 def _types_asked(found: _Outcome) -> set[Path]:
-    return {path for path in found.fields.asked if path[:-1] == _ROPE and path[-1].endswith("attention")}
+    types = {option for read in found.reads.values() if read.kind == "per layer" for option in read.options}
+    asked = {path for path in found.fields.asked if path[:-1] == _ROPE}
+    return {path for path in asked if path[-1].endswith("attention") or path[-1] in types}
