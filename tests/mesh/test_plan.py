@@ -117,7 +117,7 @@ def test_plan_matches_the_compiled_step(found, devices: int, job: str) -> None:
         # What is left are numbers: of the gradients' norm one for each parameter, of losses and loads a few, and
         # some vectors of E for each mixture. The smallest matrix has more.
         training, layers = config.training, config.model.all_layers
-        choices = sum(layer.moe.num_choices for layer in layers if layer.moe is not None)
+        choices = sum(routed.num_choices for layer in layers if (routed := layer.routed) is not None)
         few = 4 * (len(parameter_table(config.model)) + training.gradient_accumulation * (16 + 4 * choices))
         (arrays, size), (known, known_size) = program.get(kind, (0, 0)), formula.get(kind, (0, 0))
         assert known <= arrays, kind

@@ -17,7 +17,7 @@ from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.reference.losses import loss_and_gradients
 from moezoo.core.reference.transformer import forward
 from moezoo.core.runs.init_from import load_resolved_config
-from moezoo.core.spec import DroplessSpec, ExpertChoiceSpec, ModelSpec
+from moezoo.core.spec import DroplessSpec, ExpertChoiceSpec, LayerSpec, ModelSpec
 from moezoo.core.tokens import IGNORED, PADDING, check_documents
 from tests.support.backends_available import require_backend
 from tests.support.covering import COMBINATIONS, TINY
@@ -73,13 +73,15 @@ def batch_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def without_competition(spec: ModelSpec) -> ModelSpec:
     """The model without auxiliary losses, of which most are of a batch, and no sum over documents; and dropless."""
-    layers = [
-        layer
-        if layer.moe is None
-        else layer.model_copy(update={"moe": layer.moe.model_copy(update={"losses": (), "dispatch": DroplessSpec()})})
-        for layer in spec.layers
-    ]
-    return spec.model_copy(update={"layers": tuple(layers)})
+
+    def alone(layer: LayerSpec) -> LayerSpec:
+        parts = {"moe": layer.moe, "head_router": layer.head_router}
+        fields = {"moe": {"losses": (), "dispatch": DroplessSpec()}, "head_router": {"losses": ()}}
+        return layer.model_copy(
+            update={name: part.model_copy(update=fields[name]) for name, part in parts.items() if part is not None}
+        )
+
+    return spec.model_copy(update={"layers": tuple(map(alone, spec.layers))})
 
 
 def experts_choose(spec: ModelSpec) -> bool:

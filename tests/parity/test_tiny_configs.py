@@ -145,7 +145,7 @@ def case_of(path: Path) -> Case:
     logits, routings, index_losses = forward(spec, parameters, first[:, :-1])
     terms = loss_terms(spec, logits, first[:, 1:], routings, index_losses=index_losses)
     losses = {name: float(value) for name, value in terms.items()}
-    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
+    moes = [moe for _, moe in spec.moes]
     step = _reference_step(config, parameters, windows[0])
     reference = Run(
         name="reference",
@@ -327,7 +327,7 @@ def test_inference_matches_the_reference_where_it_routes_otherwise(pair):
     logits, routings, _ = forward(spec, parameters, case.tokens, inference=True)
     output = twin.backend().build(spec, weights).forward(case.tokens, inference=True)
     tolerance = FLOAT32 if case.exact else BFLOAT16
-    moes = [layer.moe for layer in spec.all_layers if layer.moe is not None]
+    moes = [moe for _, moe in spec.moes]
     for moe, routing, own in zip(moes, routings, output.routing, strict=True):
         assert np.min(routing.margin_P) > ROUTING_MARGIN
         expected = (*_combine_weights(moe, routing, inference=True), routing.score_PE)
