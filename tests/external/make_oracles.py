@@ -332,7 +332,15 @@ class Routings:
             elif kind == "JetMoeTopKGating":
                 self.hooks.append(module.register_forward_hook(self._two_routers(name)))
             elif kind.lower().endswith(
-                ("topkrouter", "moev1gate", "tokenchoicerouter", "llama4router", "dbrxrouter", "zayarouter")
+                (
+                    "topkrouter",
+                    "hashrouter",
+                    "moev1gate",
+                    "tokenchoicerouter",
+                    "llama4router",
+                    "dbrxrouter",
+                    "zayarouter",
+                )
             ):
                 self.hooks.append(module.register_forward_hook(self._router(name.replace("router", ""), kind)))
         return self

@@ -29,13 +29,17 @@ LAWS = {
     "router_threshold": {"mean": -1.5, "std": 0.3},  # few features of a token are not 0, so tokens differ
     "codes": {"mean": 0.0, "std": 16.0},  # E4M3
     "blocks": {"low": 0, "high": 255},  # two codes of MXFP4
+    "table": {"distinct": 8},  # experts by token id
     "scales": {"low": 122, "high": 123},  # exponent + 127
 }
 
 # the first matching pattern decides
 LAW_OF_NAME = (
     (r"e_score_correction_bias$|expert_bias$|balancing_biases$", "correction"),
-    (r"sinks$|attention_sink_bias$|softmax_offset$|sink_param$", "sink"),
+    (r"sinks$|attn_sink$|attention_sink_bias$|softmax_offset$|sink_param$", "sink"),
+    (r"tid2eid$", "table"),
+    (r"^(layers\.\d+\.)?hc_(attn|ffn|head)_scale$", "scale"),
+    (r"^(layers\.\d+\.)?hc_(attn|ffn|head)_base$|\.ape$", "bias"),
     (r"A_log$", "log_decay"),
     (r"dt_bias$", "time_step"),
     (r"conv1d\.weight$|conv\.conv\.weight$|conv_qk_depthwise\.weight$|sconv.*static_w", "convolution"),
@@ -179,6 +183,27 @@ def as_axk1_is_released(shapes: Shapes) -> Shapes:
     layers = {name.split(".")[2] for name in shapes if name.startswith("model.layers.")}
     norms = {f"model.layers.{layer}.post_mlp_layernorm.weight": width for layer in layers}
     return {name: shape for name, shape in shapes.items() if "correction_bias" not in name} | norms
+
+
+def as_deepseek_names(shapes: Shapes) -> Shapes:
+    """Rename to the names of DeepSeek's own files, which transformers reads but does not write."""
+    names = (
+        ("^model\\.embed_tokens", "embed"),
+        ("^model\\.hc_head\\.", ""),
+        ("(attn\\.)norm\\.", "\\1kv_norm."),
+        ("^model\\.", ""),
+    )
+    found = {}
+    for name, shape in shapes.items():
+        for old, new in names:
+            name = re.sub(old, new, name)
+        found[re.sub("^hc_(fn|base|scale)$", "hc_head_\\1", name)] = shape
+    return found
+
+
+def in_their_dtypes(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Store a table of experts as integers, and other tensors in float32."""
+    return [(name, shape, "I64" if name.endswith("tid2eid") else "F32")]
 
 
 def in_dtype(dtype: str) -> Storage:

@@ -4,8 +4,10 @@
 
 from oracle_case import (
     add,
+    as_deepseek_names,
     in_e4m3_blocks,
     in_mxfp4,
+    in_their_dtypes,
     with_decays,
     with_fused_experts,
     with_hy_v4_names,
@@ -1224,4 +1226,42 @@ add(
     idle_experts=2,
     hub_only={"rope_parameters": {**ZAYA["rope_parameters"], "rope_type": "default"}},
     **ZAYA,
+)
+DEEPSEEK_V4 = dict(
+    model_type="deepseek_v4",
+    max_position_embeddings=4096,
+    num_attention_heads=6,
+    num_key_value_heads=1,
+    num_hidden_layers=4,
+    head_dim=16,
+    qk_rope_head_dim=6,
+    q_lora_rank=20,
+    o_groups=3,
+    o_lora_rank=10,
+    sliding_window=5,
+    compress_ratios=[0, 4, 128, 4],
+    compress_rate_csa=3,
+    compress_rate_hca=5,
+    index_n_heads=16,
+    index_head_dim=12,
+    index_topk=3,
+    moe_intermediate_size=20,
+    n_routed_experts=8,
+    num_experts_per_tok=3,
+    num_hash_layers=2,
+    swiglu_limit=0.75,
+    scoring_func="sqrtsoftplus",
+    hc_mult=3,
+    hc_sinkhorn_iters=4,
+    rope_theta=1e4,
+    compress_rope_theta=2e4,
+    rope_scaling=dict(type="yarn", factor=4.0, original_max_position_embeddings=1024, beta_fast=32, beta_slow=1),
+)
+add(
+    "deepseek_v4",
+    "one key for all heads: a window, overlapping entries by an indexer, and entries of five tokens; three streams, "
+    "mixed; experts by token id in two layers; biases of shared experts",
+    storage=in_their_dtypes,
+    as_on_the_hub=as_deepseek_names,
+    **DEEPSEEK_V4 | dict(mlp_bias=True),
 )

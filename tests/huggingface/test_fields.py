@@ -110,7 +110,7 @@ def test_a_folder_without_a_config(tmp_path: Path) -> None:
         ("deepseekv3", "deepseek_v3"),
         ("mistral", None),
         ("gemma3_text", None),
-        ("deepseek_v4", None),
+        ("deepseek_v5", None),
         ("qwen2", None),
         ("gpt2", None),
         ("", None),

@@ -22,6 +22,7 @@ NOT_THERE = {
     "axk2",
     "beam",
     "cohere2_moe",
+    "deepseek_v4",
     "dots3_note_text",
     "flex_olmo",
     "flint",

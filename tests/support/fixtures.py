@@ -22,7 +22,7 @@ import numpy as np
 FOLDER = Path(__file__).parent.parent / "data" / "huggingface"
 
 # safetensors dtype -> NumPy dtype of the same width that stores its bits
-STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1"}
+STORAGE = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F8_E4M3": "u1", "U8": "u1", "I64": "<i8"}
 
 
 @dataclass(frozen=True)
@@ -106,12 +106,18 @@ def digest(tensors: dict[str, tuple[str, np.ndarray]]) -> str:
 def drawn(seed: int, name: str, shape: tuple[int, ...], dtype: str, law: dict[str, float]) -> np.ndarray:
     """Return one tensor's stored values: `mean + std * z`, or integers from `low` to `high` (both included).
 
+    With `distinct`, the integers of a row are the first of a random order of those below `distinct`.
+
     z is the sum of four uniform 16-bit integers, centered and divided by its standard deviation: nearly normal, within
     3.47.
     """
     digest = hashlib.sha256(f"{seed} {name}".encode()).digest()
     philox = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
     bits = philox.random_raw(int(np.prod(shape))).reshape(shape)
+    if "distinct" in law:
+        order = np.random.Philox(key=np.frombuffer(digest[:16], dtype="<u8"))
+        every = order.random_raw(shape[0] * int(law["distinct"])).reshape(shape[0], -1)
+        return np.argsort(every, axis=-1, kind="stable")[:, : shape[1]].astype(STORAGE[dtype])
     if "low" in law:
         low, high = int(law["low"]), int(law["high"])
         return (low + bits % np.uint64(high - low + 1)).astype(STORAGE[dtype])

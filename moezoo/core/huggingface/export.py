@@ -19,7 +19,7 @@ from moezoo.core.huggingface.assembly import PIECE_BYTES, same_bits
 from moezoo.core.huggingface.codes import written_codes
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.layout import CONFIG, HEADERS, Layout, copy_small_files, entries_of
-from moezoo.core.huggingface.ledger import FLOATS, first_rules, wrapping
+from moezoo.core.huggingface.ledger import FLOATS, first_rules, stored_dtype, wrapping
 from moezoo.core.huggingface.mlx_config import with_mlx_spellings, without_quantization
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
@@ -195,7 +195,7 @@ def _write_plain(
     description = layout.description
     wrap = wrapping(description.family, layout.tensors)
     placed = {wrap(name): rule for name, rule in first_rules(description.rules, description.spec).items()}
-    forms = {name: ("BF16", rule.shape) for name, rule in placed.items()}
+    forms = {name: (stored_dtype(rule, "BF16"), rule.shape) for name, rule in placed.items()}
     for name, tensor in layout.tensors.items():
         if name in forms and tensor.dtype in FLOATS:
             forms[name] = (tensor.dtype, tensor.shape)

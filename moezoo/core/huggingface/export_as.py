@@ -18,7 +18,7 @@ from moezoo.core.huggingface.inverse.candidates import Candidate, candidates
 from moezoo.core.huggingface.inverse.leaves import leaves_of
 from moezoo.core.huggingface.inverse.solve import Solution, solve
 from moezoo.core.huggingface.layout import CONFIG, Description
-from moezoo.core.huggingface.ledger import first_rules
+from moezoo.core.huggingface.ledger import first_rules, stored_dtype
 from moezoo.core.huggingface.mlx_config import with_mlx_spellings
 from moezoo.core.spec import LayerSpec, ModelSpec, PooledBalanceLossSpec, with_repeats
 
@@ -88,7 +88,7 @@ def export_as_family(
         if tokenizer is not None:
             tokenizer.write(folder)
         placed = first_rules(family.tensors, spec)
-        forms = {name: ("F32", rule.shape) for name, rule in placed.items()}
+        forms = {name: (stored_dtype(rule, "F32"), rule.shape) for name, rule in placed.items()}
         write_own_layout(parameters, placed, forms, {}, folder)
         return [f"written as {family.name}, which computes the same function"]
 

@@ -24,7 +24,7 @@ from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.layout import CONFIG, Description, with_learned_norms
-from moezoo.core.huggingface.ledger import first_rules
+from moezoo.core.huggingface.ledger import first_rules, stored_dtype
 from moezoo.core.huggingface.mlx_config import QUANTIZATION, mlx_lm_has, with_mlx_spellings, without_quantization
 from moezoo.core.huggingface.quantized_tensors import numpy_dtype
 from moezoo.core.huggingface.recipe import Recipe
@@ -104,7 +104,7 @@ def make_target(
     prefix = "language_model." if layout == "mlx" and "text_config" in config else ""
     placed = {prefix + name: rule for name, rule in first_rules(rules, spec).items()}
     stored = {
-        name: "F32" if len({dtypes[ours] for ours in rule.ours}) > 1 else dtypes[rule.ours[0]]
+        name: stored_dtype(rule, "F32" if len({dtypes[ours] for ours in rule.ours}) > 1 else dtypes[rule.ours[0]])
         for name, rule in placed.items()
     }
     if recipe is None:

@@ -16,6 +16,8 @@ from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.spec import ModelSpec
 
 FLOATS = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+INTEGERS = {"I64": "int64", "I32": "int32"}
+"""Integer dtypes of safetensors that a table of experts by token id may have."""
 
 # Prefixes of a text model's tensor names: alone, and in the wrappers of multimodal models; the first match is used.
 _WRAPPERS: tuple[Mapping[str, str], ...] = (
@@ -201,11 +203,26 @@ def _check(
             f"{where}: {name} in {stored[name][0]} has shape {list(tensor.shape)}; expected "
             f"{list(placed.shape)} from config.json. Use the config.json that belongs to these files."
         )
-    if tensor.dtype not in FLOATS:
+    if is_table(placed) and tensor.dtype not in INTEGERS:
+        raise CheckpointError(
+            f"{where}: {name} in {stored[name][0]} is {tensor.dtype}; expected {' or '.join(INTEGERS)}, the ids of "
+            "experts. Fetch the checkpoint again."
+        )
+    if not is_table(placed) and tensor.dtype not in FLOATS:
         raise CheckpointError(
             f"{where}: {name} in {stored[name][0]} is {tensor.dtype}; expected {', '.join(FLOATS)}, or a supported "
             "quantization declared in config.json (mlx-lm's, FP8 in blocks, MXFP4)."
         )
+
+
+def is_table(placed: Placed) -> bool:
+    """Return True for a table of experts by token id, which files have as integers."""
+    return placed.ours[0].endswith(".hash_table")
+
+
+def stored_dtype(placed: Placed, floats: str) -> str:
+    """Return the dtype of a tensor in files whose floats have that dtype."""
+    return "I64" if is_table(placed) else floats
 
 
 def _check_cover(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, list[Source]], where: str) -> None:

@@ -13,7 +13,7 @@ from moezoo.core.huggingface.assembly import same_bits
 from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
-from moezoo.core.huggingface.ledger import FLOATS, Readable
+from moezoo.core.huggingface.ledger import FLOATS, INTEGERS, Readable
 from moezoo.core.huggingface.mlx_quantization import declared, mlx_tensors
 from moezoo.core.quantization.formats import QuantizationFormat
 from moezoo.core.quantization.weight import decode_rows
@@ -101,10 +101,10 @@ def is_packed(tensor: Readable) -> bool:
 
 
 def numpy_dtype(stored: str) -> np.dtype[Any]:
-    """Return the NumPy dtype of a safetensors float dtype."""
+    """Return the NumPy dtype of a safetensors dtype of plain tensors."""
     import ml_dtypes
 
-    return np.dtype(ml_dtypes.bfloat16 if stored == "BF16" else FLOATS[stored])
+    return np.dtype(ml_dtypes.bfloat16 if stored == "BF16" else (FLOATS | INTEGERS)[stored])
 
 
 def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, Readable]:
