@@ -9,7 +9,7 @@ from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
-from tests.support.fixtures import write_checkpoint
+from tests.support.fixtures import read_fixture, write_checkpoint
 
 
 def fields(**values: object) -> Fields:
@@ -122,3 +122,17 @@ def test_only_a_misspelled_model_type_gets_a_suggestion(name: str, meant: str | 
     suggestion = f"; did you mean {meant}?" if meant else ""
     assert str(caught.value).startswith(f"model_type is {name!r}{suggestion}; expected one of the ")
     assert len(str(caught.value)) < 200
+
+
+@pytest.mark.parametrize(
+    ("case", "nearest"),
+    [("mixtral", "mixtral"), ("qwen3_moe", "qwen3_moe"), ("deepseek_v3", "deepseek_v3"), ("nemotron_h", "nemotron_h")],
+)
+def test_an_unknown_model_type_names_the_family_with_the_same_fields(case: str, nearest: str) -> None:
+    config = read_fixture(case).description["config"] | {"model_type": "unheard_of", "new_idea": 3}
+    with pytest.raises(SpecError) as caught:
+        family_of(Fields(config, "config.json"))
+    text = str(caught.value)
+    assert f"By its fields it is nearest to {nearest}, which reads " in text
+    assert "and not new_idea: writings/adding_a_part.md" in text
+    assert "\n" not in text

@@ -11,12 +11,12 @@ from moezoo.core.huggingface.inverse.candidates import candidates
 from moezoo.core.huggingface.inverse.leaves import leaves_of
 from moezoo.core.huggingface.inverse.rotations import rope_fields
 from moezoo.core.huggingface.inverse.solve import solve
-from moezoo.core.huggingface.ledger import first_rules
+from moezoo.core.huggingface.ledger import first_rules, wrapping
 from moezoo.core.huggingface.parts import rope
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec, RoPESpec
 from tests.huggingface.release_configs import RELEASES
-from tests.support.fixtures import cases, read_fixture
+from tests.support.fixtures import cases, drawn_tensors, read_fixture
 
 
 def configs() -> dict[str, dict[str, Any]]:
@@ -87,3 +87,15 @@ def test_a_model_that_no_family_computes_names_the_nearest() -> None:
         assert not found.families
         assert found.obstacles.startswith("mixtral, which has model.layers[0].moe.router.")
         assert path in found.obstacles
+
+
+# Fixtures whose files have another layout than an export: codes, fused experts, or no bias.
+OTHER_LAYOUT = ("axk1_no_bias", "gpt_oss_mxfp4", "qwen3_moe_fused", "qwen3_moe_mixed")
+
+
+@pytest.mark.parametrize("case", [case for case in cases() if case not in OTHER_LAYOUT])
+def test_an_export_has_the_names_that_transformers_saves(case: str) -> None:
+    family, spec = read(CONFIGS[case])
+    saved = drawn_tensors(read_fixture(case).description)
+    wrap = wrapping(family, saved)
+    assert {wrap(name) for name in first_rules(family.tensors, spec)} <= set(saved)

@@ -10,8 +10,11 @@ from typing import Any
 
 from moezoo.core.errors import SpecError, nearest
 from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.nearest import nearest_family
 from moezoo.core.huggingface.tensors import Fused
 from moezoo.core.spec import ModelSpec
+
+ADDING = "writings/adding_a_part.md says how to add a family."
 
 
 @dataclass(frozen=True)
@@ -148,8 +151,10 @@ def family_of(fields: Fields) -> Family:
         # Another number or word is another model (mistral4 and mixtral are not mistral), not a misspelling.
         same_numbers = [other for other in known if re.findall(r"\d+", other) == re.findall(r"\d+", name)]
         meant = nearest(name, same_numbers, cutoff=0.87)
+        close = nearest_family(fields, {each.name: (each.spec, each.harmless) for each in known.values()})
+        advice = "" if close is None else f" By its fields it is nearest to {close.words}: {ADDING}"
         raise SpecError(
             f"model_type is {name!r:.80}{meant}; expected one of the {len(known)} supported ones, which "
-            f"`moezoo describe --help` lists ({fields.where})."
+            f"`moezoo describe --help` lists ({fields.where}).{advice}"
         )
     return known[name]

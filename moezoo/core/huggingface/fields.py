@@ -294,6 +294,11 @@ class Fields:
         return SpecError(f"{name} is {got:.200}; expected {expected} ({self.where}).")
 
     @property
+    def present(self) -> dict[str, Any]:
+        """The fields that are there and not null."""
+        return {name: value for name, value in self._values.items() if value is not None}
+
+    @property
     def understood(self) -> list[str]:
         """Fields that are present and have been read, in file order."""
         return [name for name, value in self._values.items() if name in self._seen and value is not None]

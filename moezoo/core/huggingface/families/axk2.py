@@ -34,9 +34,10 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _gated_norm(theirs: str, ours: str) -> tuple[Fused, ...]:
-    """Return rules for a norm and its gate."""
+    """Return rules for a norm with a gate."""
+    gate = ((f"{OURS}.{ours}_gate.w_down", "d z"),)
     return (
-        Tensor(f"{LAYER}.{theirs}.norm.weight", "d", f"{OURS}.{ours}.scale", "d"),
+        Tensor(f"{LAYER}.{theirs}.norm.weight", "d", f"{OURS}.{ours}.scale", "d", sizes=gate),
         Tensor(f"{LAYER}.{theirs}.W_down.weight", "z d", f"{OURS}.{ours}_gate.w_down", "d z"),
         Tensor(f"{LAYER}.{theirs}.W_up.weight", "d z", f"{OURS}.{ours}_gate.w_up", "z d"),
         Tensor(f"{LAYER}.{theirs}.mlp.fc1.weight", "z d", f"{OURS}.{ours}_gate.w_down", "d z"),  # in transformers 5
@@ -50,16 +51,22 @@ def _queries(name: str) -> Fused:
     return Fused(f"{LAYER}.self_attn.{name}.weight", "(n x) q", (query, gate))
 
 
+_NORMS = (
+    *_gated_norm("input_layernorm", "attention_norm"),
+    *_gated_norm("post_attention_layernorm", "feed_forward_norm"),
+)
+
 FAMILY = Family(
     model_types=("axk2",),
     architecture="AXK2ForCausalLM",
     spec=spec,
-    tensors=(
-        *(rule for rule in DEEPSEEK.tensors if ".q_b_proj." not in rule.theirs and ".q_proj." not in rule.theirs),
-        *_gated_norm("input_layernorm", "attention_norm"),
-        *_gated_norm("post_attention_layernorm", "feed_forward_norm"),
-        _queries("q_b_proj"),
-        _queries("q_gate_proj"),  # the name in transformers 5
+    tensors=parts.exported(
+        (
+            *(rule for rule in DEEPSEEK.tensors if ".q_b_proj." not in rule.theirs and ".q_proj." not in rule.theirs),
+            _queries("q_b_proj"),
+            _queries("q_gate_proj"),  # the name in transformers 5
+        ),
+        _NORMS,
     ),
     kept=DEEPSEEK.kept,
     later_layers_kept=True,

@@ -52,16 +52,18 @@ FAMILY = Family(
     model_types=("ernie4_5_moe",),
     architecture="Ernie4_5_MoeForCausalLM",
     spec=spec,
-    tensors=(
-        *parts.MODEL,
-        *parts.PRE_NORMS,
-        *parts.grouped_query(),
-        *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
-        *parts.router(),
-        Tensor(f"{LAYER}.mlp.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),
-        Tensor(f"{LAYER}.mlp.gate.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),  # in transformers 5
-        *parts.experts(),
-        *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
+    tensors=parts.exported(
+        (
+            *parts.MODEL,
+            *parts.PRE_NORMS,
+            *parts.grouped_query(),
+            *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
+            *parts.router(),
+            Tensor(f"{LAYER}.mlp.gate.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),  # in transformers 5
+            *parts.experts(),
+            *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
+        ),
+        (Tensor(f"{LAYER}.mlp.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),),
     ),
     mlx=parts.switch(),
     mlx_lm=MlxLM(drops=("selection_bias", ".e_score_correction_bias")),

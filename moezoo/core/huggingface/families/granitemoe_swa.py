@@ -2,7 +2,7 @@
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.families.granitemoe import FAMILY as GRANITE
-from moezoo.core.huggingface.families.granitemoe import attention_options, granite
+from moezoo.core.huggingface.families.granitemoe import MIXTURE, attention_options, granite
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
@@ -36,7 +36,12 @@ FAMILY = Family(
     model_types=("granitemoe_swa",),
     architecture="GraniteMoeSWAForCausalLM",
     spec=spec,
-    tensors=(*GRANITE.tensors, Tensor(f"{LAYER}.self_attn.sinks", "n", f"{OURS}.attention.sink", "n")),
+    tensors=(
+        *parts.exported(
+            GRANITE.tensors, (*parts.router(f"{MIXTURE}.router"), *parts.fused_experts(f"{MIXTURE}.experts"))
+        ),
+        Tensor(f"{LAYER}.self_attn.sinks", "n", f"{OURS}.attention.sink", "n"),
+    ),
     kept=GRANITE.kept,
     harmless=GRANITE.harmless,
 )

@@ -46,24 +46,28 @@ def spec(fields: Fields) -> ModelSpec:
     return parts.model(fields, layers, norm=norm)
 
 
+EXPERT_BIAS = Tensor(f"{LAYER}.mlp.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e")
+
 FAMILY = Family(
     model_types=("hy_v3",),
     architecture="HYV3ForCausalLM",
     spec=spec,
-    tensors=(
-        *parts.MODEL,
-        *parts.PRE_NORMS,
-        *parts.grouped_query(),
-        *parts.qk_norm(),
-        *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
-        *parts.router(f"{LAYER}.mlp.router.gate"),
-        Tensor(f"{LAYER}.mlp.expert_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
-        *parts.experts(),
-        *parts.feed_forward(f"{LAYER}.mlp.shared_mlp", f"{OURS}.moe.shared"),
-        # The names in transformers 5.
-        Tensor(f"{LAYER}.mlp.gate.weight", "e d", f"{OURS}.moe.router.w_router", "d e"),
-        Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
-        *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
+    tensors=parts.exported(
+        (
+            *parts.MODEL,
+            *parts.PRE_NORMS,
+            *parts.grouped_query(),
+            *parts.qk_norm(),
+            *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
+            *parts.router(f"{LAYER}.mlp.router.gate"),
+            *parts.experts(),
+            *parts.feed_forward(f"{LAYER}.mlp.shared_mlp", f"{OURS}.moe.shared"),
+            # The names in transformers 5.
+            Tensor(f"{LAYER}.mlp.gate.weight", "e d", f"{OURS}.moe.router.w_router", "d e"),
+            Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
+            *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
+        ),
+        (EXPERT_BIAS,),
     ),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,

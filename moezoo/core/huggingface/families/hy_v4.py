@@ -107,22 +107,28 @@ _SHARED, _DENSE = (f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"), (f"{LAY
 FAMILY = Family(
     model_types=("hy_v4",),
     spec=spec,
-    tensors=(
-        *DEEPSEEK.tensors,
-        *_attention("linear_gate", "learnable_sink_param"),
-        *_streams(f"{LAYER}.hc_attn_layer.hc_pre", _SAVED, _ATTENTION),
-        *_streams(f"{LAYER}.hc_mlp_layer.hc_pre", _SAVED, _FEED_FORWARD),
-        *_head("model.hc_head", ("hc_head_fn", "hc_head_base", "hc_head_scale")),
-        # The names in transformers 5.
-        *_attention("gate_proj", "sinks"),
-        *_streams(f"{LAYER}.attn_hc", _NAMES, _ATTENTION),
-        *_streams(f"{LAYER}.ffn_hc", _NAMES, _FEED_FORWARD),
-        *_head("model.hc_head", _SAVED),
-        # Those that transformers 5.23 saves: it renames all gates, and moves hc_pre to the front.
-        *_streams(f"{LAYER}.hc_pre.hc_attn_layer", _SAVED, _ATTENTION),
-        *_streams(f"{LAYER}.hc_pre.hc_mlp_layer", _SAVED, _FEED_FORWARD),
-        *_head("model.hc_pre.hc_head", ("hc_head_fn", "hc_head_base", "hc_head_scale")),
-        *(Tensor(f"{theirs}.linear_gate.weight", "f d", f"{ours}.w_gate", "d f") for theirs, ours in (_DENSE, _SHARED)),
+    tensors=parts.exported(
+        (
+            *DEEPSEEK.tensors,
+            *_attention("linear_gate", "learnable_sink_param"),
+            *_streams(f"{LAYER}.hc_attn_layer.hc_pre", _SAVED, _ATTENTION),
+            *_streams(f"{LAYER}.hc_mlp_layer.hc_pre", _SAVED, _FEED_FORWARD),
+            *_head("model.hc_head", ("hc_head_fn", "hc_head_base", "hc_head_scale")),
+            # The names in transformers 5.
+            *_attention("gate_proj", "sinks"),
+            *_streams(f"{LAYER}.attn_hc", _NAMES, _ATTENTION),
+            *_streams(f"{LAYER}.ffn_hc", _NAMES, _FEED_FORWARD),
+            *_head("model.hc_head", _SAVED),
+            # Those that transformers 5.23 saves: it renames all gates, and moves hc_pre to the front.
+            *_streams(f"{LAYER}.hc_pre.hc_attn_layer", _SAVED, _ATTENTION),
+            *_streams(f"{LAYER}.hc_pre.hc_mlp_layer", _SAVED, _FEED_FORWARD),
+            *_head("model.hc_pre.hc_head", ("hc_head_fn", "hc_head_base", "hc_head_scale")),
+            *(
+                Tensor(f"{theirs}.linear_gate.weight", "f d", f"{ours}.w_gate", "d f")
+                for theirs, ours in (_DENSE, _SHARED)
+            ),
+        ),
+        parts.fused_experts(),
     ),
     kept=("*.rotary_emb.inv_freq", "model.mtp_layers.*"),
     later_layers_kept=True,

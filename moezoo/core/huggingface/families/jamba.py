@@ -86,19 +86,25 @@ MIXER: tuple[Fused, ...] = (
     Tensor(f"{MAMBA}.out_proj.bias", "d", f"{OWN}.b_output", "d"),
 )
 
+NORMS = (
+    Tensor("model.final_layernorm.weight", "d", "final_norm.scale", "d"),
+    Tensor(f"{LAYER}.pre_ff_layernorm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
+)
+
 FAMILY = Family(
     model_types=("jamba",),
     spec=spec,
-    tensors=(
-        *parts.MODEL,
-        Tensor("model.final_layernorm.weight", "d", "final_norm.scale", "d"),
-        *parts.PRE_NORMS,
-        Tensor(f"{LAYER}.pre_ff_layernorm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
-        *beside(f"{OWN}.w_key", "d m h", parts.grouped_query()),
-        *beside(f"{OWN}.log_decay_rate", "f z", MIXER),
-        *parts.feed_forward(BLOCK, f"{OURS}.feed_forward"),
-        *parts.router(f"{BLOCK}.router"),
-        *parts.experts(f"{BLOCK}.experts"),
+    tensors=parts.exported(
+        (
+            *parts.MODEL,
+            *parts.PRE_NORMS,
+            *beside(f"{OWN}.w_key", "d m h", parts.grouped_query()),
+            *beside(f"{OWN}.log_decay_rate", "f z", MIXER),
+            *parts.feed_forward(BLOCK, f"{OURS}.feed_forward"),
+            *parts.router(f"{BLOCK}.router"),
+            *parts.experts(f"{BLOCK}.experts"),
+        ),
+        NORMS,
     ),
     mlx=(
         *beside(f"{OWN}.log_decay_rate", "f z", [Tensor(CONVOLUTION.theirs, "f w 1", f"{OWN}.conv", "w f")]),

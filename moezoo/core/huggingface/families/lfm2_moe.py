@@ -65,37 +65,39 @@ GATES_AND_VALUE = ("input_gate", "output_gate", "value")
 FAMILY = Family(
     model_types=("lfm2_moe",),
     spec=spec,
-    tensors=(
-        *parts.MODEL,
-        FINAL_NORM,
-        Tensor(f"{LAYER}.operator_norm.weight", "d", f"{OURS}.attention_norm.scale", "d"),
-        Tensor(f"{LAYER}.ffn_norm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
-        *beside(f"{ATTENTION}.query_norm.scale", "h", parts.grouped_query(output="out_proj")),
-        *parts.qk_norm(names=("q_layernorm", "k_layernorm")),
-        *beside(
-            f"{ATTENTION}.conv",
-            "w z",
-            (
-                Fused(
-                    f"{THEIRS}.in_proj.weight",
-                    "x d",
-                    tuple(Part(f"{ATTENTION}.w_{which}", "z", "d z") for which in GATES_AND_VALUE),
+    tensors=parts.exported(
+        (
+            *parts.MODEL,
+            Tensor(f"{LAYER}.operator_norm.weight", "d", f"{OURS}.attention_norm.scale", "d"),
+            Tensor(f"{LAYER}.ffn_norm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
+            *beside(f"{ATTENTION}.query_norm.scale", "h", parts.grouped_query(output="out_proj")),
+            *parts.qk_norm(names=("q_layernorm", "k_layernorm")),
+            *beside(
+                f"{ATTENTION}.conv",
+                "w z",
+                (
+                    Fused(
+                        f"{THEIRS}.in_proj.weight",
+                        "x d",
+                        tuple(Part(f"{ATTENTION}.w_{which}", "z", "d z") for which in GATES_AND_VALUE),
+                    ),
+                    Fused(
+                        f"{THEIRS}.in_proj.bias",
+                        "x",
+                        tuple(Part(f"{ATTENTION}.b_{which}", "z", "z") for which in GATES_AND_VALUE),
+                    ),
+                    Tensor(f"{THEIRS}.conv.weight", "z 1 w", f"{ATTENTION}.conv", "w z"),
+                    Tensor(f"{THEIRS}.conv.bias", "z", f"{ATTENTION}.b_conv", "z"),
+                    Tensor(f"{THEIRS}.out_proj.weight", "d z", f"{ATTENTION}.w_output", "z d"),
+                    Tensor(f"{THEIRS}.out_proj.bias", "d", f"{ATTENTION}.b_output", "d"),
                 ),
-                Fused(
-                    f"{THEIRS}.in_proj.bias",
-                    "x",
-                    tuple(Part(f"{ATTENTION}.b_{which}", "z", "z") for which in GATES_AND_VALUE),
-                ),
-                Tensor(f"{THEIRS}.conv.weight", "z 1 w", f"{ATTENTION}.conv", "w z"),
-                Tensor(f"{THEIRS}.conv.bias", "z", f"{ATTENTION}.b_conv", "z"),
-                Tensor(f"{THEIRS}.out_proj.weight", "d z", f"{ATTENTION}.w_output", "z d"),
-                Tensor(f"{THEIRS}.out_proj.bias", "d", f"{ATTENTION}.b_output", "d"),
             ),
+            *parts.feed_forward(f"{LAYER}.feed_forward", f"{OURS}.feed_forward", NAMES),
+            *parts.router(f"{LAYER}.feed_forward.gate"),
+            EXPERT_BIAS,
+            *parts.experts(f"{LAYER}.feed_forward.experts", NAMES),
         ),
-        *parts.feed_forward(f"{LAYER}.feed_forward", f"{OURS}.feed_forward", NAMES),
-        *parts.router(f"{LAYER}.feed_forward.gate"),
-        EXPERT_BIAS,
-        *parts.experts(f"{LAYER}.feed_forward.experts", NAMES),
+        (FINAL_NORM, EXPERT_BIAS),
     ),
     mlx=(
         FINAL_NORM,

@@ -75,32 +75,38 @@ def _expect_released(fields: Fields, types: Sequence[str]) -> None:
 
 _LIGHTNING, _OWN = f"{LAYER}.self_attn", f"{OURS}.attention"
 
+_LIGHTNING_RULES = (
+    Fused(
+        f"{_LIGHTNING}.qkv_proj.weight",
+        "(n x) d",
+        tuple(Part(f"{_OWN}.w_{which}", "h", "d n h") for which in ("query", "key", "value")),
+        sizes=((f"{_OWN}.output_norm.scale", "n h"),),
+    ),
+    Tensor(
+        f"{_LIGHTNING}.out_proj.weight",
+        "d (n h)",
+        f"{_OWN}.w_output",
+        "n h d",
+        sizes=((f"{_OWN}.output_norm.scale", "n h"),),
+    ),
+)
+
 FAMILY = Family(
     model_types=("minimax",),
     spec=spec,
-    tensors=(
-        *parts.MODEL,
-        *parts.PRE_NORMS,
-        *parts.grouped_query(),
-        Fused(
-            f"{_LIGHTNING}.qkv_proj.weight",
-            "(n x) d",
-            tuple(Part(f"{_OWN}.w_{which}", "h", "d n h") for which in ("query", "key", "value")),
-            sizes=((f"{_OWN}.output_norm.scale", "n h"),),
+    tensors=parts.exported(
+        (
+            *parts.MODEL,
+            *parts.PRE_NORMS,
+            *parts.grouped_query(),
+            Tensor(f"{_LIGHTNING}.output_gate.weight", "(n h) d", f"{_OWN}.w_gate", "d n h"),
+            Tensor(f"{_LIGHTNING}.norm.weight", "(n h)", f"{_OWN}.output_norm.scale", "n h"),
+            *parts.router(f"{LAYER}.block_sparse_moe.gate"),
+            *parts.experts(f"{LAYER}.block_sparse_moe.experts", ("w1", "w3", "w2")),
+            *parts.router(),  # the name in transformers 5
+            *parts.experts(),
         ),
-        Tensor(f"{_LIGHTNING}.output_gate.weight", "(n h) d", f"{_OWN}.w_gate", "d n h"),
-        Tensor(f"{_LIGHTNING}.norm.weight", "(n h)", f"{_OWN}.output_norm.scale", "n h"),
-        Tensor(
-            f"{_LIGHTNING}.out_proj.weight",
-            "d (n h)",
-            f"{_OWN}.w_output",
-            "n h d",
-            sizes=((f"{_OWN}.output_norm.scale", "n h"),),
-        ),
-        *parts.router(f"{LAYER}.block_sparse_moe.gate"),
-        *parts.experts(f"{LAYER}.block_sparse_moe.experts", ("w1", "w3", "w2")),
-        *parts.router(),  # the name in transformers 5
-        *parts.experts(),
+        _LIGHTNING_RULES,
     ),
     kept=("*.slope_rate", "*.query_decay", "*.key_decay", "*.diagonal_decay"),
     harmless=("block_size", "max_position_embeddings", "shared_moe_mode"),

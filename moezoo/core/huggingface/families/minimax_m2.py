@@ -61,17 +61,20 @@ FAMILY = Family(
     model_types=("minimax_m2",),
     architecture="MiniMaxM2ForCausalLM",
     spec=spec,
-    tensors=(
-        *parts.MODEL,
-        *parts.PRE_NORMS,
-        *parts.grouped_query(),
-        *parts.qk_norm(over="projection"),
-        *parts.router(f"{_THEIRS}.gate"),
-        Tensor(f"{_THEIRS}.e_score_correction_bias", "e", _BIAS, "e"),
-        *parts.experts(f"{_THEIRS}.experts", ("w1", "w3", "w2")),
-        *parts.router(),  # the name in transformers 5
-        Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", _BIAS, "e"),
-        *parts.experts(),
+    tensors=parts.exported(
+        (
+            *parts.MODEL,
+            *parts.PRE_NORMS,
+            *parts.grouped_query(),
+            *parts.qk_norm(over="projection"),
+            *parts.router(f"{_THEIRS}.gate"),
+            Tensor(f"{_THEIRS}.e_score_correction_bias", "e", _BIAS, "e"),
+            *parts.experts(f"{_THEIRS}.experts", ("w1", "w3", "w2")),
+            *parts.router(),  # the name in transformers 5
+            Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", _BIAS, "e"),
+            *parts.experts(),
+        ),
+        (Tensor(f"{_THEIRS}.e_score_correction_bias", "e", _BIAS, "e"),),
     ),
     mlx=(
         Tensor(f"{_THEIRS}.e_score_correction_bias", "e", _BIAS, "e"),

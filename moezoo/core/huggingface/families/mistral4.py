@@ -80,7 +80,7 @@ def _moe(fields: Fields) -> MoESpec:
 FAMILY = Family(
     model_types=("mistral4",),
     spec=spec,
-    tensors=DEEPSEEK.tensors,
+    tensors=parts.exported(DEEPSEEK.tensors, parts.fused_experts()),
     mlx=DEEPSEEK.mlx,
     kept=("*.rotary_emb.inv_freq", "*vision_tower.*", "*multi_modal_projector.*"),
     harmless=DEEPSEEK.harmless,

@@ -1,15 +1,21 @@
 """Phi-3.5-MoE. Source: Abdin et al. 2024, arXiv 2404.14219, and Liu et al. 2024, 2409.12136; transformers, `phimoe`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.inverse.rotations import rope_fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
 from moezoo.core.spec import (
+    GroupedQueryAttentionSpec,
     LayerNormSpec,
     LayerSpec,
+    LongRoPEScalingSpec,
     ModelSpec,
     MoESpec,
+    RoPESpec,
     RouterSpec,
     SparseMixerChoiceSpec,
 )
@@ -51,9 +57,20 @@ def spec(fields: Fields) -> ModelSpec:
     )
 
 
+def config(spec: ModelSpec) -> dict[str, Any]:
+    """Return LongRoPE with the attention factors of this family, for the short and for the long length."""
+    attention = spec.layers[0].attention
+    position = attention.position if isinstance(attention, GroupedQueryAttentionSpec) else None
+    if not isinstance(position, RoPESpec) or not isinstance(position.scaling, LongRoPEScalingSpec):
+        return {}
+    factor = position.scaling.attention_factor
+    return {"rope_parameters": {**rope_fields(position), "short_mscale": factor, "long_mscale": factor}}
+
+
 FAMILY = Family(
     model_types=("phimoe",),
     spec=spec,
+    config=config,
     tensors=(
         *parts.MODEL,
         Tensor("model.norm.bias", "d", "final_norm.bias", "d"),

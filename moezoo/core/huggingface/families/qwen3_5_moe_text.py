@@ -1,5 +1,6 @@
 """Qwen3.5-MoE, text model. Source: Qwen Team 2026; transformers, `qwen3_5_moe_text`, `qwen3_5_moe`."""
 
+from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.families.qwen3_next import (
     ATTENTION,
     BIAS,
@@ -26,25 +27,28 @@ FAMILY = Family(
     model_types=("qwen3_5_moe_text", "qwen3_5_moe"),
     architecture="Qwen3_5MoeForCausalLM",
     spec=spec,
-    tensors=(
-        *SHARED_TENSORS,
-        *beside(
-            *BIAS,
-            (
-                Fused(
-                    f"{DELTA}.in_proj_qkv.weight",
-                    "x d",
-                    (
-                        Part(f"{ATTENTION}.w_query", "m h", "d m h"),
-                        Part(f"{ATTENTION}.w_key", "m h", "d m h"),
-                        Part(f"{ATTENTION}.w_value", "n z", "d n z"),
+    tensors=parts.exported(
+        (
+            *SHARED_TENSORS,
+            *beside(
+                *BIAS,
+                (
+                    Fused(
+                        f"{DELTA}.in_proj_qkv.weight",
+                        "x d",
+                        (
+                            Part(f"{ATTENTION}.w_query", "m h", "d m h"),
+                            Part(f"{ATTENTION}.w_key", "m h", "d m h"),
+                            Part(f"{ATTENTION}.w_value", "n z", "d n z"),
+                        ),
                     ),
+                    Tensor(f"{DELTA}.in_proj_z.weight", "(n z) d", f"{ATTENTION}.w_gate", "d n z"),
                 ),
-                Tensor(f"{DELTA}.in_proj_z.weight", "(n z) d", f"{ATTENTION}.w_gate", "d n z"),
             ),
+            Tensor(f"{DELTA}.in_proj_b.weight", "n d", f"{ATTENTION}.w_beta", "d n"),
+            Tensor(f"{DELTA}.in_proj_a.weight", "n d", f"{ATTENTION}.w_decay", "d n"),
         ),
-        Tensor(f"{DELTA}.in_proj_b.weight", "n d", f"{ATTENTION}.w_beta", "d n"),
-        Tensor(f"{DELTA}.in_proj_a.weight", "n d", f"{ATTENTION}.w_decay", "d n"),
+        parts.fused_experts(),
     ),
     mlx=MLX_TENSORS,
     mlx_lm=MlxLM(config=mlx_config, wrapper="qwen3_5_moe"),

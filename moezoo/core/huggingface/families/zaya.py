@@ -163,7 +163,8 @@ FAMILY = Family(
         *_convolutions(),
         *_residual(),
         *_router(),
-        *parts.experts(),
+        *parts.fused_experts(),
+        *parts.experts()[:-2],
     ),
     harmless=("max_position_embeddings",),
 )

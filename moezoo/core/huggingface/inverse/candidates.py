@@ -151,7 +151,7 @@ def _others(read: Read) -> list[Any]:
         case "whole":
             return [0 if read.default else 1]
         case "number":
-            return [] if read.default else [1.0]
+            return [1.0] if not read.default else [2 * read.default] if 0 < read.default < 1e-3 else []
         case "positive":
             return [2 if read.default == 1 else 1] if (read.default or _MANY) < _MANY else []
         case "whole or null" | "json":

@@ -160,6 +160,7 @@ class RecordedFields(Fields):
         self._saw(name)
 
     def only_in_training(self, name: str) -> None:
+        self.asked.add((*self.prefix, name))
         self._saw(name)
 
     def null(self, name: str) -> bool:

@@ -9,6 +9,7 @@ the model that the family cannot express.
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import reduce
 from typing import Any
 
 from moezoo.core.errors import SpecError
@@ -58,7 +59,8 @@ class Solution:
 def solve(family: Family, wanted: ModelSpec, start: Mapping[str, Any]) -> Solution:
     """Return the nearest config of a family. `start`: fields that are known."""
     own = {} if family.config is None else family.config(wanted)
-    search = _Search(family, wanted, {**start, **own})
+    shapes = [own.pop(_ROPE[0])] if _ROPE[0] in own else []
+    search = _Search(family, wanted, {**start, **own}, shapes)
     best = search.run()
     if best.leaves is None:
         return Solution(family, best.config, [], best.problem)
@@ -92,6 +94,7 @@ class _Search:
     family: Family
     spec: ModelSpec
     start: dict[str, Any]
+    shapes: list[dict[str, Any]]  # of rope_parameters, that the family states itself
     wanted: Leaves = field(init=False)
     partners: dict[Path, Path] = field(default_factory=dict)
 
@@ -215,7 +218,7 @@ class _Search:
 
     def rope(self, best: _Outcome) -> _Outcome:
         """Set `rope_parameters`, once or for each type of layer."""
-        shapes = [rope_fields(position) for position in positions_of(self.spec.layers)]
+        shapes = self.shapes + [rope_fields(position) for position in positions_of(self.spec.layers)]
         shapes += [{k: v for k, v in each.items() if k != "partial_rotary_factor"} for each in shapes]
         shapes = [each for index, each in enumerate(shapes) if each not in shapes[:index]]
         for position in positions_of(self.spec.layers):
@@ -336,16 +339,17 @@ class _Search:
     # --- the whole config ------------------------------------------------------------------------------------------
 
     def complete(self, best: _Outcome) -> dict[str, Any]:
-        """Return the config with every field that is read written out, in the order of reading."""
-        found: dict[str, Any] = {}
-        for path in best.reads:
-            if (value := best.value(path)) is not None or get_at(best.config, path, ABSENT) is not ABSENT:
-                found = set_at(found, path, value)
-        for path, value in best.fields.expected.items():
-            if get_at(found, path) is None:
+        """Return the config with every field that is read written out."""
+        found = best.config
+        explicit = {path: best.value(path) for path in best.reads if best.value(path) is not None}
+        whole = self.read(reduce(lambda config, item: set_at(config, *item), explicit.items(), found))
+        if whole.cost == best.cost:
+            found, explicit = whole.config, {}
+        # One by one, if an older spelling of a field has another default, or an alternative of it is there.
+        for path, value in (explicit | best.fields.expected).items():
+            if path[0] != _ROPE[0] and get_at(found, path) is None:
                 other = set_at(found, path, value)
                 found = other if self.read(other).cost == best.cost else found
-        found = found if self.read(found).cost == best.cost else best.config
         return {**self.start, **found}
 
 

@@ -1,5 +1,7 @@
 """Tensor names shared by several families: parts of their tensor mappings."""
 
+from collections.abc import Sequence
+
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 
 LAYER = "model.layers.{layer}"
@@ -119,9 +121,21 @@ def experts(
         Tensor(f"{each}.{gate}.bias", "f", f"{ours}.b_gate", "e f"),
         Tensor(f"{each}.{up}.bias", "f", f"{ours}.b_up", "e f"),
         Tensor(f"{each}.{down}.bias", "d", f"{ours}.b_down", "e d"),
+        *fused_experts(theirs, ours),
+    )
+
+
+def fused_experts(theirs: str = f"{LAYER}.mlp.experts", ours: str = f"{OURS}.moe.experts") -> tuple[Fused, ...]:
+    """Return rules for routed experts, all of them in two tensors."""
+    return (
         gate_and_up(f"{theirs}.gate_up_proj", "e x d", ours),
         Tensor(f"{theirs}.down_proj", "e d f", f"{ours}.w_down", "e f d"),
     )
+
+
+def exported(rules: Sequence[Fused], first: Sequence[Fused]) -> tuple[Fused, ...]:
+    """Return the rules with `first` after the embedding: of rules for one parameter, an export uses the first one."""
+    return (rules[0], *first, *(rule for rule in rules[1:] if rule not in first))
 
 
 def switch(
