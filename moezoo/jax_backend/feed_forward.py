@@ -6,7 +6,13 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
+from moezoo.core.spec import (
+    ClampedSwiGLUSpec,
+    FeedForwardSpec,
+    GatedFeedForwardSpec,
+    PlainFeedForwardSpec,
+    SoftcappedSwiGLUSpec,
+)
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.kernels import projection
 
@@ -58,6 +64,9 @@ def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> ja
             assert gate is not None
             gate, up = jnp.minimum(gate, spec.limit), jnp.clip(up, -spec.limit, spec.limit)
             return gate * jax.nn.sigmoid(spec.alpha * gate) * (up + spec.up_offset)
+        case SoftcappedSwiGLUSpec(gate_softcap=gate_cap, up_softcap=up_cap):
+            assert gate is not None
+            return gate_cap * jnp.tanh(gate / gate_cap) * jax.nn.sigmoid(gate) * up_cap * jnp.tanh(up / up_cap)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":

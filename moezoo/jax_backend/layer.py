@@ -104,6 +104,12 @@ class Layer(nnx.Module):
             if model.has_norms:
                 self.attention_norm = norm(model.norm, weights.inside("attention_norm"))
             self.attention = mixer(spec.attention, weights.inside("attention"), index)
+        if spec.separate_inputs:
+            self.attention_key_residual = residual(model.residual, model.norm, weights.inside("attention_key_residual"))
+            self.attention_key_norm = norm(model.norm, weights.inside("attention_key_norm"))
+            own = weights.inside("attention_value_residual")
+            self.attention_value_residual = residual(model.residual, model.norm, own)
+            self.attention_value_norm = norm(model.norm, weights.inside("attention_value_norm"))
         if not spec.mixer_only:
             self.feed_forward_residual = residual(model.residual, model.norm, weights.inside("feed_forward_residual"))
         if spec.ngram_embeddings is not None:
@@ -160,14 +166,14 @@ class Layer(nnx.Module):
             x_BTD, connection = self.attention_residual.read(streams, 2 * index)
             seen_BTD = self.attention_input(x_BTD)
             routing = self._route_heads(seen_BTD, state, inputs, key, index)
-            attended = self._attend(seen_BTD, state, inputs, key, index, sources, routing)
+            attended = self._attend(seen_BTD, streams, state, inputs, key, index, sources, routing)
             record[f"{name}.attention"] = attended.out_BTD
             out, of_attention = self._convolved("attention", attended.out_BTD, before[0], inputs)
             out = self._added(self.attention_output(out), key, ATTENTION_DROPOUT)
             streams, out = _weighted(self.spec.attention_factors, streams, out)
             streams = self.attention_residual.write(streams, connection, out, 2 * index)
         else:
-            of_attention, attended = None, self._attend(streams, state, inputs, key, index, sources)
+            of_attention, attended = None, self._attend(streams, streams, state, inputs, key, index, sources)
         if not self.spec.mixer_only:
             streams = self.feed_forward_stream(streams)
             x_BTD, connection = self.feed_forward_residual.read(streams, 2 * index + 1)
@@ -275,6 +281,7 @@ class Layer(nnx.Module):
     def _attend(
         self,
         x_BTD: jax.Array,
+        streams: Streams,
         state: ResidualState,
         inputs: StepInputs,
         key: jax.Array | None,
@@ -301,7 +308,16 @@ class Layer(nnx.Module):
             sources=sources,
             documents=inputs.documents,
             routing=routing,
+            key_value_BTD=self._key_and_value_inputs(streams, index),
         )
+
+    def _key_and_value_inputs(self, streams: Streams, index: int | jax.Array) -> tuple[jax.Array, jax.Array] | None:
+        """Spec: moezoo.core.reference.layer._key_and_value_inputs."""
+        if not self.spec.separate_inputs:
+            return None
+        key_BTD, _ = self.attention_key_residual.read(streams, 2 * index)
+        value_BTD, _ = self.attention_value_residual.read(streams, 2 * index)
+        return self.attention_key_norm(key_BTD), self.attention_value_norm(value_BTD)
 
     def _block(self, name: str, inputs: StepInputs, key: jax.Array | None) -> Callable[..., Any]:
         """One of the layer's blocks, with keys for its adapters, transformed for this forward pass."""

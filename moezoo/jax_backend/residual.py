@@ -1,5 +1,6 @@
 """The residual stream or streams. Spec: moezoo.core.reference.residual."""
 
+import math
 from typing import Any, assert_never
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moezoo.core.spec import (
+    BlockAttentionResidualSpec,
     DepthScaledResidualSpec,
     GatedStreamsSpec,
     HyperConnectionsSpec,
@@ -72,7 +74,42 @@ class ScaledEmbedding(nnx.Module):
         return _scaled(x_BTD, self.stream_scale, self.stream_bias).astype(x_BTD.dtype)
 
 
-Residual = OneStream | ScaledStream | HyperConnection | GatedStreams
+class DepthAttention(nnx.Module):
+    """Spec: moezoo.core.reference.residual.attend_blocks; in float32, cast back."""
+
+    def __init__(self, spec: BlockAttentionResidualSpec, weights: Weights):
+        self.spec = spec
+        self.attends = weights.has("query")
+        if self.attends:
+            self.query = weights.parameter("query")
+
+    def __call__(self, streams_BTJD: jax.Array) -> jax.Array:
+        """Return what a reader sees of all sums; of the embeddings alone, themselves."""
+        if not self.attends:
+            return streams_BTJD[:, :, 0]
+        x_BTJD, query_D = streams_BTJD.astype(jnp.float32), self.query[...].astype(jnp.float32)
+        square_BTJ1 = jnp.mean(jnp.square(x_BTJD), axis=-1, keepdims=True)
+        normed_BTJD = x_BTJD / jnp.sqrt(square_BTJ1 + self.spec.norm_epsilon)
+        score_BTJ = jnp.einsum("BTJD,D->BTJ", normed_BTJD, query_D) / math.sqrt(len(query_D))
+        weight_BTJ = jax.nn.softmax(score_BTJ, axis=-1)
+        return jnp.einsum("BTJ,BTJD->BTD", weight_BTJ, normed_BTJD).astype(streams_BTJD.dtype)
+
+    def read(self, streams_BTJD: jax.Array, block: int | jax.Array) -> tuple[jax.Array, Connection]:
+        """Spec: moezoo.core.reference.residual.read."""
+        return self(streams_BTJD), None
+
+    def write(
+        self, streams_BTJD: jax.Array, connection: Connection, out_BTD: jax.Array, block: int | jax.Array
+    ) -> jax.Array:
+        """Spec: moezoo.core.reference.residual.write."""
+        assert isinstance(block, int)
+        kept, running = streams_BTJD, out_BTD
+        if not self.spec.begins(block):
+            kept, running = streams_BTJD[:, :, :-1], streams_BTJD[:, :, -1] + out_BTD
+        return jnp.concatenate([kept, running[:, :, None]], axis=2)
+
+
+Residual = DepthAttention | OneStream | ScaledStream | HyperConnection | GatedStreams
 
 
 def residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> Residual:
@@ -86,6 +123,8 @@ def residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> Residual:
             return HyperConnection(spec, weights)
         case GatedStreamsSpec():
             return GatedStreams(norm, weights)
+        case BlockAttentionResidualSpec():
+            return DepthAttention(spec, weights)
         case _:
             assert_never(spec)
 
@@ -95,7 +134,9 @@ def first_residual(spec: ResidualSpec, weights: Weights) -> ScaledEmbedding | No
     return ScaledEmbedding(weights) if isinstance(spec, ScaledResidualSpec) else None
 
 
-def final_residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> MergedStreams | GatedRead | None:
+def final_residual(
+    spec: ResidualSpec, norm: NormSpec, weights: Weights
+) -> MergedStreams | GatedRead | DepthAttention | None:
     """Spec: moezoo.core.reference.residual.leave; None: the stream as it is."""
     match spec:
         case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec():
@@ -104,6 +145,8 @@ def final_residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> Merg
             return MergedStreams(spec, weights)
         case GatedStreamsSpec():
             return GatedRead(norm, weights)
+        case BlockAttentionResidualSpec():
+            return DepthAttention(spec, weights)
         case _:
             assert_never(spec)
 
@@ -115,6 +158,8 @@ def enter(spec: ResidualSpec, x_BTD: jax.Array) -> Streams:
             return x_BTD
         case HyperConnectionsSpec() | GatedStreamsSpec():
             return enter_streams(spec, x_BTD)
+        case BlockAttentionResidualSpec():
+            return x_BTD[:, :, None]
         case _:
             assert_never(spec)
 

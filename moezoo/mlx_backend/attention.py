@@ -232,6 +232,7 @@ class GroupedQueryAttention(nn.Module):
         source: Source | None = None,
         documents: Documents | None = None,
         routing: Routing | None = None,
+        key_value_BTD: tuple[mx.array, mx.array] | None = None,
     ) -> Attended:
         """With a cache, the tokens follow the cached ones; row b starts at slot `first_B`, after its left padding."""
         spec, dtype = self.spec, x_BTD.dtype
@@ -242,7 +243,7 @@ class GroupedQueryAttention(nn.Module):
         known_T = range(cached, cached + length) if is_known else position_T
         past = cache.state if isinstance(cache, ConvolvedCache) else None
         real_BT = None if first_B is None else position_T >= 0
-        query, key, value, state = self._projected(x_BTD, past, real_BT, documents)
+        query, key, value, state = self._projected(x_BTD, past, real_BT, documents, key_value_BTD)
         if isinstance(cache, ConvolvedCache):
             cache = cache._replace(state=state)
         scale_NH = None if spec.qk_l2_clip is None else self.query_scale
@@ -307,6 +308,7 @@ class GroupedQueryAttention(nn.Module):
         past: ConvolutionState | KeyValueState | None,
         real_BT: mx.array | None,
         documents: Documents | None,
+        key_value_BTD: tuple[mx.array, mx.array] | None,
     ) -> tuple[mx.array, mx.array | None, mx.array | None, Any]:
         """Spec: moezoo.core.reference.attention._projected; with the state of the convolution, None without one."""
         spec, dtype = self.spec, x_BTD.dtype
@@ -315,7 +317,8 @@ class GroupedQueryAttention(nn.Module):
             query = query + self.b_query.astype(dtype)
         if spec.keys_of_layer is not None:
             return query, None, None, None
-        key = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_key.astype(dtype))
+        key_BTD, value_BTD = (x_BTD, x_BTD) if key_value_BTD is None else key_value_BTD
+        key = projection.einsum("BTD,DMH->BTMH", key_BTD, self.w_key.astype(dtype))
         if spec.qkv_bias:
             key = key + self.b_key.astype(dtype)
         if spec.convolution is not None:
@@ -325,14 +328,14 @@ class GroupedQueryAttention(nn.Module):
             return convolved
         if spec.values_from_keys:
             return query, key, key, None
-        value = projection.einsum("BTD,DMH->BTMH", x_BTD, self.w_value.astype(dtype))
+        value = projection.einsum("BTD,DMH->BTMH", value_BTD, self.w_value.astype(dtype))
         value = value + self.b_value.astype(dtype) if spec.qkv_bias else value
         if spec.kv_convolution is None:
             return query, key, value, None
         inputs = past if isinstance(past, KeyValueState) else KeyValueState(None, None)
         options: dict[str, Any] = {"real_BT": real_BT, "documents": documents}
-        key, of_key = self.key_convolution(key, x_BTD, inputs.key_BSMH, **options)
-        value, of_value = self.value_convolution(value, x_BTD, inputs.value_BSMH, **options)
+        key, of_key = self.key_convolution(key, key_BTD, inputs.key_BSMH, **options)
+        value, of_value = self.value_convolution(value, value_BTD, inputs.value_BSMH, **options)
         return query, key, value, KeyValueState(of_key, of_value)
 
     def _keys_and_values(

@@ -7,7 +7,13 @@ from typing import assert_never
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
+from moezoo.core.spec import (
+    ClampedSwiGLUSpec,
+    FeedForwardSpec,
+    GatedFeedForwardSpec,
+    PlainFeedForwardSpec,
+    SoftcappedSwiGLUSpec,
+)
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.activation import rows_in_turns, sigmoid, swiglu
@@ -70,6 +76,9 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
             assert gate is not None
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)
             return gate * sigmoid(spec.alpha * gate) * (up + spec.up_offset)
+        case SoftcappedSwiGLUSpec(gate_softcap=gate_cap, up_softcap=up_cap):
+            assert gate is not None
+            return gate_cap * mx.tanh(gate / gate_cap) * sigmoid(gate) * up_cap * mx.tanh(up / up_cap)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":

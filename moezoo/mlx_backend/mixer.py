@@ -65,9 +65,10 @@ def mix(
     sources: Mapping[int, Shared | None],
     documents: Documents | None = None,
     routing: Routing | None = None,
+    key_value_BTD: tuple[mx.array, mx.array] | None = None,
 ) -> Attended:
     """Spec: moezoo.core.reference.mixer.mix; by `block`, a `mixer` or what wraps it, with the layer's cache."""
-    shared: dict[str, Any] = {}
+    shared: dict[str, Any] = {} if key_value_BTD is None else {"key_value_BTD": key_value_BTD}
     match spec:
         case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
             shared["source"] = sources[other]

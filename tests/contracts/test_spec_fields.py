@@ -85,6 +85,7 @@ def test_backends_read_every_field_that_is_about_computing():
         "activation",
         "group",
         "extent",
+        "layers_per_block",
         "unused",
         "max_length",
         "repeat",

@@ -6,7 +6,14 @@ import pytest
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.reference.residual import enter, leave, read, write
-from moezoo.core.spec import DepthScaledResidualSpec, ModelSpec, RMSNormSpec, ScaledResidualSpec, SumResidualSpec
+from moezoo.core.spec import (
+    BlockAttentionResidualSpec,
+    DepthScaledResidualSpec,
+    ModelSpec,
+    RMSNormSpec,
+    ScaledResidualSpec,
+    SumResidualSpec,
+)
 from tests.support.tolerances import FLOAT32, assert_close
 from tests.support.twins import B, D, T, assert_layer_matches, normal
 
@@ -59,3 +66,27 @@ def test_scales_and_biases_of_both_terms_match_the_reference(twin):
 def test_the_former_flag_is_refused():
     with pytest.raises(SpecError, match="depth_scaled_residual"):
         validate(ModelSpec, {"embed_dim": 8, "layers": [], "depth_scaled_residual": True}, "config")
+
+
+def test_attention_over_depth_reads_the_kept_sums_and_the_running_one(twin):
+    """Blocks of two layers: 0 and 4 begin a sum; a query of zero reads the mean of the normalized sums."""
+    spec, norm = BlockAttentionResidualSpec(layers_per_block=2), RMSNormSpec()
+    terms = [*TERMS, *(normal(number, B, T, D) for number in range(4, 7))]
+    module, query = twin.module("residual"), {"query": normal(20, D)}
+    streams, ours = enter(spec, {}, terms[0]), module.enter(spec, twin.array(terms[0]))
+    first = module.residual(spec, norm, twin.weights({}))
+    reader = module.residual(spec, norm, twin.weights(query))
+    for block, term in enumerate(terms[1:]):
+        x_BTD, _ = read(spec, norm, query, streams, block)
+        block_module = first if block == 0 else reader
+        assert_close(twin.numpy(block_module.read(ours, block)[0]), terms[0] if block == 0 else x_BTD, FLOAT32)
+        streams = write(spec, query, streams, None, term, block)
+        ours = block_module.write(ours, None, twin.array(term), block)
+    sums = np.stack([terms[0], sum(terms[1:5]), sum(terms[5:])], axis=2)
+    assert_close(streams, sums, FLOAT32)
+    normed = sums / np.sqrt(np.mean(sums**2, axis=-1, keepdims=True) + 1e-6)
+    assert_close(leave(spec, norm, {"query": np.zeros(D)}, streams), np.mean(normed, axis=2), FLOAT32)
+    final = module.final_residual(spec, norm, twin.weights(query))
+    assert_layer_matches(
+        twin, final, lambda final, x: final(x), lambda values, x: leave(spec, norm, values, x), query, streams
+    )

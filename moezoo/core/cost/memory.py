@@ -20,6 +20,7 @@ from moezoo.core.parameters.precision import COMPUTE_BYTES, compute_dtype
 from moezoo.core.parameters.trained import trained_rows
 from moezoo.core.spec import (
     AttentionSpec,
+    BlockAttentionResidualSpec,
     CompressedAttentionSpec,
     DepthScaledResidualSpec,
     FeedForwardSpec,
@@ -234,6 +235,9 @@ def stream_bytes(spec: ModelSpec) -> int:
         case GatedStreamsSpec(num_streams=streams, rank=rank):
             blocks = sum(int(layer.has_mixer) + int(not layer.mixer_only) for layer in spec.all_layers)
             return blocks * COMPUTE_BYTES[compute_dtype(spec)] * (3 * streams * spec.embed_dim + rank)
+        case BlockAttentionResidualSpec(layers_per_block=layers):
+            sums = sum(1 + -(-block // (2 * layers)) for block in range(1, 2 * len(spec.all_layers) + 1))
+            return 2 * _FLOAT32_BYTES * sums * spec.embed_dim
         case _:
             assert_never(spec.residual)
 

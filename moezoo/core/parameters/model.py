@@ -63,6 +63,9 @@ def _layer(rows: Rows, name: str, layer: LayerSpec, index: int, previous: int | 
         yield from ngram_embedding_rows(rows, f"{name}.ngram_embeddings", layer.ngram_embeddings)
     if layer.has_mixer:
         yield from residual_rows(rows, f"{name}.attention_residual")
+        for which in ("key", "value") if layer.separate_inputs else ():
+            yield from residual_rows(rows, f"{name}.attention_{which}_residual")
+            yield from rows.norm(f"{name}.attention_{which}_norm", norm, shape, axes)
         if rows.spec.has_norms:
             yield from rows.norm(f"{name}.attention_norm", norm, shape, axes)
         yield from _norm_gate(rows, f"{name}.attention_norm_gate", layer.attention_norm_gate)

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from moezoo.core.parameters.row import ONES, ZEROS, Initializer, Parameter, Rows
-from moezoo.core.spec import GatedStreamsSpec, HyperConnectionsSpec, ScaledResidualSpec
+from moezoo.core.spec import BlockAttentionResidualSpec, GatedStreamsSpec, HyperConnectionsSpec, ScaledResidualSpec
 
 _SCALE = Initializer("constant", value=0.01)
 """Of what depends on the token (alpha). Source: Xie et al. 2025, arXiv 2512.24880; hy_v4 in transformers."""
@@ -21,6 +21,8 @@ def residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
     if isinstance(spec, ScaledResidualSpec):
         yield from _scale_and_bias(rows, name, "stream")
         yield from _scale_and_bias(rows, name, "block")
+    if isinstance(spec, BlockAttentionResidualSpec) and not name.startswith("layers.0.attention"):
+        yield rows.vector(f"{name}.query", (rows.embed_dim,), ("embed",), "norms")
     if isinstance(spec, GatedStreamsSpec):
         yield from _gated(rows, name, spec)
         shape = (spec.num_streams, rows.embed_dim, spec.num_streams)
@@ -39,6 +41,8 @@ def final_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
         yield from _weights(rows, name, "read", rows.spec.residual.num_streams)
     if isinstance(rows.spec.residual, GatedStreamsSpec):
         yield from _gated(rows, name, rows.spec.residual)
+    if isinstance(rows.spec.residual, BlockAttentionResidualSpec):
+        yield rows.vector(f"{name}.query", (rows.embed_dim,), ("embed",), "norms")
 
 
 def _gated(rows: Rows, name: str, spec: GatedStreamsSpec) -> Iterator[Parameter]:

@@ -126,6 +126,7 @@ def grouped_query_attention(
     source: tuple[Array, Array] | None = None,
     documents: Documents | None = None,
     routing: Routing | None = None,
+    key_value_BTD: tuple[Array, Array] | None = None,
 ) -> Attended:
     """Causal self-attention of T tokens at positions 0 .. T-1, or in each document: [B, T, D] -> [B, T, D].
 
@@ -140,15 +141,15 @@ def grouped_query_attention(
         source: keys and values of layer `keys_of_layer`, as that layer attends to them.
         documents: those of packed sequences, each by itself; None: every sequence is one.
         routing: of a router over heads: K of the G query heads of each key/value head attend (`choose_heads`).
+        key_value_BTD: what keys, and what values are projected from; None: from x, as all else is.
 
     Source: see GroupedQueryAttentionSpec.
     """
-    query, key, value = _projected(spec, parameters, x_BTD, documents)
+    query, key, value = _projected(spec, parameters, x_BTD, documents, key_value_BTD)
     batch, length = x_BTD.shape[:2]
     position_T = np.arange(length) if documents is None else documents.position_BT
     query = _rotated(spec, inside(parameters, "query_norm"), query, position_T, parameters.get("query_scale"))
-    if spec.temperature_tuning is not None:
-        query = query * temperature(spec.temperature_tuning, position_T)[..., None, None]
+    query = _tempered(spec, query, position_T)
     if source is None:
         assert key is not None
         assert value is not None
@@ -172,13 +173,16 @@ def grouped_query_attention(
     attended = place_heads(attended, routing).reshape(batch, length, spec.num_heads, spec.value_dim)
     attended = _gated(spec, parameters, attended, x_BTD)
     output = adapter.einsum("BTNH,NHD->BTD", attended, parameters["w_output"])
-    if spec.output_bias:
-        output = output + parameters["b_output"]
+    output = output + parameters["b_output"] if spec.output_bias else output
     return Attended(output, value, None, source if spec.keys_of_layer is None else None)
 
 
 def _projected(
-    spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array, documents: Documents | None
+    spec: GroupedQueryAttentionSpec,
+    parameters: Parameters,
+    x_BTD: Array,
+    documents: Documents | None,
+    key_value_BTD: tuple[Array, Array] | None,
 ) -> tuple[Array, Array | None, Array | None]:
     """Return queries, keys and values as projected, or as the convolution makes them of the projected ones.
 
@@ -189,7 +193,8 @@ def _projected(
         query = query + parameters["b_query"]
     if spec.keys_of_layer is not None:
         return query, None, None
-    key = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_key"])
+    key_BTD, value_BTD = (x_BTD, x_BTD) if key_value_BTD is None else key_value_BTD
+    key = adapter.einsum("BTD,DMH->BTMH", key_BTD, parameters["w_key"])
     if spec.qkv_bias:
         key = key + parameters["b_key"]
     if spec.convolution is not None:
@@ -197,12 +202,12 @@ def _projected(
         return *convolved(own, query, key, documents), half_delayed_values(own, x_BTD, spec.num_kv_heads, documents)
     if spec.values_from_keys:
         return query, key, key
-    value = adapter.einsum("BTD,DMH->BTMH", x_BTD, parameters["w_value"])
+    value = adapter.einsum("BTD,DMH->BTMH", value_BTD, parameters["w_value"])
     value = value + parameters["b_value"] if spec.qkv_bias else value
     if spec.kv_convolution is not None:
         of_key, of_value = inside(parameters, "key_convolution"), inside(parameters, "value_convolution")
-        key = residual_convolution(spec.kv_convolution, of_key, key, x_BTD, documents)
-        value = residual_convolution(spec.kv_convolution, of_value, value, x_BTD, documents)
+        key = residual_convolution(spec.kv_convolution, of_key, key, key_BTD, documents)
+        value = residual_convolution(spec.kv_convolution, of_value, value, value_BTD, documents)
     return query, key, value
 
 
@@ -233,6 +238,13 @@ def _keys_and_values(
     return key, spec.value_multiplier * _clipped(spec, value)
 
 
+def _tempered(spec: GroupedQueryAttentionSpec, feature_BTNH: Array, position_T: Array) -> Array:
+    """Multiply features by the temperature of their position, if there is one."""
+    if spec.temperature_tuning is None:
+        return feature_BTNH
+    return feature_BTNH * temperature(spec.temperature_tuning, position_T)[..., None, None]
+
+
 def _sinks(spec: GroupedQueryAttentionSpec, parameters: Parameters, x_BTD: Array) -> Array | None:
     """Return the sinks: [N], or [B, T, N] where they are a projection; None: there are none."""
     if spec.projected_sinks:
@@ -248,8 +260,7 @@ def _relative_bias(
         return None
     own = inside(parameters, "relative")
     feature = relative_features(spec.relative, own, x_BTD)
-    if spec.temperature_tuning is not None:
-        feature = feature * temperature(spec.temperature_tuning, position_T)[..., None, None]
+    feature = _tempered(spec, feature, position_T)
     return relative_bias(feature, own["profile"], position_T, position_T)
 
 

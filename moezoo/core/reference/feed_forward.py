@@ -8,7 +8,13 @@ import numpy as onp
 from autograd.extend import defvjp, primitive
 
 from moezoo.core.reference import Array, Parameters, adapter
-from moezoo.core.spec import ClampedSwiGLUSpec, FeedForwardSpec, GatedFeedForwardSpec, PlainFeedForwardSpec
+from moezoo.core.spec import (
+    ClampedSwiGLUSpec,
+    FeedForwardSpec,
+    GatedFeedForwardSpec,
+    PlainFeedForwardSpec,
+    SoftcappedSwiGLUSpec,
+)
 
 
 def feed_forward(spec: FeedForwardSpec, parameters: Parameters, x: Array, weight: Array | None = None) -> Array:
@@ -43,6 +49,7 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
     |---|---|
     | swiglu, geglu, relu_squared_glu | `f(gate) * up` with f silu, gelu, relu squared |
     | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + up_offset)`, gate <= `limit`, up in [-`limit`, `limit`] |
+    | softcapped_swiglu | `cap(gate) * sigmoid(gate) * cap(up)` with `cap(x) = c tanh(x / c)`, each with its own c |
     | relu, gelu, relu_squared | `f(up)` |
     """
     match spec:
@@ -59,6 +66,9 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
         case ClampedSwiGLUSpec():
             gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
             return gate * sigmoid(spec.alpha * gate) * (up + spec.up_offset)
+        case SoftcappedSwiGLUSpec(gate_softcap=gate_cap, up_softcap=up_cap):
+            assert gate is not None
+            return gate_cap * np.tanh(gate / gate_cap) * sigmoid(gate) * up_cap * np.tanh(up / up_cap)
         case PlainFeedForwardSpec():
             match spec.kind:
                 case "relu":

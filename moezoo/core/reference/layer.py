@@ -105,8 +105,6 @@ def layer(
         parameters: the layer's own.
         input_BTZ: the layer's own input, if the model has `layer_inputs`.
         sources: what the layers before share, by index.
-
-    Source: LayerSpec and ModelSpec name those of the options.
     """
     spec, name, record = model.all_layers[index], f"layers.{index}", inputs.record
     key, attended = None if inputs.key is None else fold_in(inputs.key, index), Attended(None, None, None)
@@ -117,7 +115,9 @@ def layer(
         seen_BTD, own = _norm_before(model, spec, parameters, "attention", x_BTD), inside(parameters, "attention")
         if spec.head_router is not None:
             routing = route_heads(spec.head_router, own_moe, seen_BTD, context, record, f"{name}.moe")
-        attended = mix(spec.attention, own, seen_BTD, state.first_value_BTMH, sources, inputs.documents, routing)
+        others = _key_and_value_inputs(model, index, parameters, streams)
+        given = (state.first_value_BTMH, sources, inputs.documents, routing, others)
+        attended = mix(spec.attention, own, seen_BTD, *given)
         record[f"{name}.attention"] = attended.out_BTD
         streams = add(_convolved(spec, parameters, "attention", attended.out_BTD, inputs))
     if not spec.mixer_only:
@@ -172,6 +172,23 @@ def _read(
         return write(model.residual, own, factors.stream * streams, connection, added_BTD, number)
 
     return x_BTD, add
+
+
+def _key_and_value_inputs(
+    model: ModelSpec, index: int, parameters: Parameters, streams: Streams
+) -> tuple[Array, Array] | None:
+    """Return what keys and what values are projected from, where they read the streams by themselves."""
+    if not model.all_layers[index].separate_inputs:
+        return None
+    key, value = (
+        normalize(
+            model.norm,
+            inside(parameters, f"attention_{which}_norm"),
+            read(model.residual, model.norm, inside(parameters, f"attention_{which}_residual"), streams, 2 * index)[0],
+        )
+        for which in ("key", "value")
+    )
+    return key, value
 
 
 def _norm_before(model: ModelSpec, spec: LayerSpec, parameters: Parameters, block: str, x_BTD: Array) -> Array:

@@ -34,6 +34,7 @@ def mix(
     sources: Mapping[int, Source | None],
     documents: Documents | None,
     routing: Routing | None = None,
+    key_value_BTD: tuple[Array, Array] | None = None,
 ) -> Attended:
     """Mix the tokens of each sequence, causally: [B, T, D] -> [B, T, D], by the kind of the spec.
 
@@ -43,6 +44,7 @@ def mix(
         sources: what the layers before share, by index: keys and values, or positions chosen by an indexer.
         documents: those of packed sequences; none of them affects another.
         routing: of a router over attention heads.
+        key_value_BTD: inputs of keys and of values, where they are others than x.
     """
     match spec:
         case GroupedQueryAttentionSpec(keys_of_layer=int(other)):
@@ -51,7 +53,13 @@ def mix(
             )
         case GroupedQueryAttentionSpec():
             return grouped_query_attention(
-                spec, parameters, x_BTD, first_value_BTMH=first_value_BTMH, documents=documents, routing=routing
+                spec,
+                parameters,
+                x_BTD,
+                first_value_BTMH=first_value_BTMH,
+                documents=documents,
+                key_value_BTD=key_value_BTD,
+                routing=routing,
             )
         case GatedDeltaAttentionSpec():
             return gated_delta_attention(spec, parameters, x_BTD, documents=documents)

@@ -11,7 +11,9 @@ import autograd.numpy as np
 from moezoo.core.reference import Array, Parameters
 from moezoo.core.reference.gated_streams import read_gated, write_weights
 from moezoo.core.reference.hyper_connections import enter_streams, merge_streams, read_streams, write_streams
+from moezoo.core.reference.normalization import rms_norm
 from moezoo.core.spec import (
+    BlockAttentionResidualSpec,
     DepthScaledResidualSpec,
     GatedStreamsSpec,
     HyperConnectionsSpec,
@@ -34,6 +36,8 @@ def enter(spec: ResidualSpec, parameters: Parameters, x_BTD: Array) -> Streams:
             return (x_BTD + parameters["stream_bias"]) * parameters["stream_scale"]
         case HyperConnectionsSpec() | GatedStreamsSpec():
             return enter_streams(spec, x_BTD)
+        case BlockAttentionResidualSpec():
+            return x_BTD[:, :, None]
         case _:
             assert_never(spec)
 
@@ -55,6 +59,8 @@ def read(
             return read_streams(spec, parameters, streams)
         case GatedStreamsSpec():
             return read_gated(norm, parameters, streams), write_weights(norm, parameters, streams)
+        case BlockAttentionResidualSpec():
+            return (streams[:, :, 0] if block == 0 else attend_blocks(spec, parameters["query"], streams)), None
         case _:
             assert_never(spec)
 
@@ -87,6 +93,10 @@ def write(
             return write_streams(streams, connection, out_BTD)
         case GatedStreamsSpec():
             return streams + connection[..., None] * out_BTD[:, :, None]
+        case BlockAttentionResidualSpec():
+            kept = streams if spec.begins(block) else streams[:, :, :-1]
+            running = out_BTD if spec.begins(block) else streams[:, :, -1] + out_BTD
+            return np.concatenate([kept, running[:, :, None]], axis=2)
         case _:
             assert_never(spec)
 
@@ -100,5 +110,23 @@ def leave(spec: ResidualSpec, norm: NormSpec, parameters: Parameters, streams: S
             return merge_streams(spec, parameters, streams)
         case GatedStreamsSpec():
             return read_gated(norm, parameters, streams)
+        case BlockAttentionResidualSpec():
+            return attend_blocks(spec, parameters["query"], streams)
         case _:
             assert_never(spec)
+
+
+def attend_blocks(spec: BlockAttentionResidualSpec, query_D: Array, streams_BTJD: Array) -> Array:
+    """Attend over depth: `sum over j of softmax(query . n_j / sqrt(D)) n_j` of the normalized sums n: [B, T, D].
+
+    Args:
+        query_D: the reader's.
+        streams_BTJD: the sums that are kept, oldest first, then the running one.
+
+    Source: see BlockAttentionResidualSpec.
+    """
+    normed_BTJD = rms_norm(streams_BTJD, None, spec.norm_epsilon)
+    score_BTJ = np.einsum("BTJD,D->BTJ", normed_BTJD, query_D) / np.sqrt(len(query_D))
+    weight_BTJ = np.exp(score_BTJ - np.max(score_BTJ, axis=-1, keepdims=True))
+    weight_BTJ = weight_BTJ / np.sum(weight_BTJ, axis=-1, keepdims=True)
+    return np.einsum("BTJ,BTJD->BTD", weight_BTJ, normed_BTJD)

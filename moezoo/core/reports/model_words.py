@@ -7,6 +7,7 @@ from moezoo.core.errors import counted
 from moezoo.core.reports.text import count
 from moezoo.core.spec import (
     AttentionSpec,
+    BlockAttentionResidualSpec,
     BlockFactorsSpec,
     CapacitySpec,
     CompressedAttentionSpec,
@@ -57,6 +58,7 @@ _FEED_FORWARDS = {
     "geglu": "GeGLU",
     "relu_squared_glu": "ReLU-squared GLU",
     "clamped_swiglu": "clamped SwiGLU",
+    "softcapped_swiglu": "softcapped SwiGLU",
     "relu": "ReLU",
     "gelu": "GELU",
     "relu_squared": "ReLU-squared",
@@ -105,6 +107,8 @@ def _residual(spec: ResidualSpec) -> str:
             return f"{streams} residual streams, {'separate' if iterations is None else 'mixed'}"
         case GatedStreamsSpec(num_streams=streams, rank=rank):
             return f"{streams} residual streams, gated at rank {rank}"
+        case BlockAttentionResidualSpec(layers_per_block=layers):
+            return f"attention over depth, by blocks of {layers} layers"
         case _:
             assert_never(spec)
 
@@ -194,6 +198,7 @@ def feed_forward_in_words(layer: LayerSpec) -> str:
             text = f"{text}; stream times {factors.stream:g}, {name} times {factors.block:g}"
     ranks = {"attention": layer.attention_norm_gate, "feed-forward": layer.feed_forward_norm_gate}
     text = f"{text}; times a learned scale" if layer.feed_forward_scale else text
+    text = f"{text}; separate inputs of queries, keys and values" if layer.separate_inputs else text
     if layer.output_convolution is not None:
         text = f"{text}; outputs in a {_convolution(layer.output_convolution)}"
     gates = [name for name, rank in ranks.items() if rank is not None]

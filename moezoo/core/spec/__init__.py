@@ -27,6 +27,7 @@ from moezoo.core.spec.feed_forward import (
     FeedForwardSpec,
     GatedFeedForwardSpec,
     PlainFeedForwardSpec,
+    SoftcappedSwiGLUSpec,
 )
 from moezoo.core.spec.head import HeadSpec, TiedHeadSpec, UntiedHeadSpec
 from moezoo.core.spec.indexer import BlockIndexerSpec, IndexerSpec
@@ -80,6 +81,7 @@ from moezoo.core.spec.positions import (
     YaRNScalingSpec,
 )
 from moezoo.core.spec.residual import (
+    BlockAttentionResidualSpec,
     DepthScaledResidualSpec,
     GatedStreamsSpec,
     HyperConnectionsSpec,
@@ -109,6 +111,7 @@ __all__ = [
     "AdapterSpec",
     "AttentionSpec",
     "AuxiliaryLossSpec",
+    "BlockAttentionResidualSpec",
     "BlockFactorsSpec",
     "BlockIndexerSpec",
     "CapacitySpec",
@@ -188,6 +191,7 @@ __all__ = [
     "SharedSpec",
     "ShortConvolutionSpec",
     "SinusoidalPositionsSpec",
+    "SoftcappedSwiGLUSpec",
     "SparseMixerChoiceSpec",
     "SumResidualSpec",
     "SwitchBalanceLossSpec",

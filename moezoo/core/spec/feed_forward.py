@@ -34,6 +34,20 @@ class ClampedSwiGLUSpec(Part):
     bias: bool = True
 
 
+class SoftcappedSwiGLUSpec(Part):
+    """SwiGLU with bounded factors: `cap(gate, gate_softcap) * sigmoid(gate) * cap(up, up_softcap)`.
+
+    `cap(x, c) = c tanh(x / c)`; the sigmoid sees the gate as it is. Source: Thinking Machines 2026 (Inkling 2, the code
+    in transformers).
+    """
+
+    kind: Literal["softcapped_swiglu"] = "softcapped_swiglu"
+    hidden_dim: PositiveInt
+    gate_softcap: PositiveFloat = 4.0
+    up_softcap: PositiveFloat = 25.0
+    bias: bool = False
+
+
 class PlainFeedForwardSpec(Part):
     """Ungated feed-forward of width F: `f(x w_up) w_down`.
 
@@ -46,7 +60,7 @@ class PlainFeedForwardSpec(Part):
 
 
 FeedForwardSpec = Annotated[
-    GatedFeedForwardSpec | ClampedSwiGLUSpec | PlainFeedForwardSpec,
+    GatedFeedForwardSpec | ClampedSwiGLUSpec | SoftcappedSwiGLUSpec | PlainFeedForwardSpec,
     Field(discriminator="kind"),
     default_kind("swiglu"),
 ]

@@ -56,7 +56,8 @@ class LayerSpec(Part):
     block, `y * sigmoid(silu(y w_down) w_up)` (A.X-K2); null: none. `ngram_embeddings` are added to the residual stream
     before the layer. `output_convolution`: a short convolution of what each block returns, before it is normalized or
     added; `feed_forward_scale`: the dense feed-forward's output is multiplied by a learned number that starts at 1
-    (both: Inkling). `head_router`: a router over attention heads.
+    (both: Inkling). `head_router`: a router over attention heads. `separate_inputs`: queries (with gates and sinks),
+    keys and values are projected from separate reads of the residual stream, each with its own norm (Inkling 2).
     """
 
     repeat: PositiveInt = 1
@@ -75,6 +76,7 @@ class LayerSpec(Part):
     ngram_embeddings: NGramEmbeddingsSpec | None = None
     output_convolution: ResidualConvolutionSpec | None = None
     feed_forward_scale: bool = False
+    separate_inputs: bool = False
 
     @property
     def has_mixer(self) -> bool:
@@ -175,6 +177,17 @@ class LayerSpec(Part):
         if self.output_convolution is not None and (self.shortcut or self.output_convolution.dynamic):
             other = "the layer has a shortcut" if self.shortcut else "it is dynamic, and has no heads"
             raise impossible("output_convolution", f"is set, but {other}", "Remove one of the two")
+        match self.attention:
+            case GroupedQueryAttentionSpec(keys_of_layer=None, projects_values=True):
+                has_inputs = self.norm_placement in ("pre", "sandwich")
+            case _:
+                has_inputs = False
+        if self.separate_inputs and not has_inputs:
+            raise impossible(
+                "separate_inputs",
+                "is true, but there are no queries, keys and values with a projection and a norm before it each",
+                "Use grouped_query attention with norm_placement: pre",
+            )
         if self.feed_forward_scale and self.feed_forward is None:
             raise impossible("feed_forward_scale", "is true, but there is no dense feed_forward", "Remove it")
         return self

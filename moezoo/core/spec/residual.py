@@ -69,8 +69,32 @@ class GatedStreamsSpec(Part):
     rank: PositiveInt
 
 
+class BlockAttentionResidualSpec(Part):
+    """Attention over depth: what is read are earlier states of the token, weighted by attention with a learned query.
+
+    The stream is cut every `layers_per_block` layers: at the first one's attention a sum begins anew, with what that
+    attention adds, and the sum before it is kept. Each reader (a block, the final norm) attends to all sums kept and to
+    the running one, which are keys and values, normalized without a scale, with `norm_epsilon`; its query is a learned
+    vector, at first zero, so that it reads their mean. The first block reads the embeddings as they are. Source: Kimi
+    Team 2026 (attention residuals), in the form of Thinking Machines 2026 (Inkling 2, the code in transformers).
+    """
+
+    kind: Literal["block_attention"] = "block_attention"
+    layers_per_block: PositiveInt = 6
+    norm_epsilon: PositiveFloat = 1e-6
+
+    def begins(self, block: int) -> bool:
+        """True if a sum begins with what this block adds: 2 l is the mixer of layer l, 2 l + 1 its feed-forward."""
+        return block % (2 * self.layers_per_block) == 0
+
+
 ResidualSpec = Annotated[
-    SumResidualSpec | DepthScaledResidualSpec | ScaledResidualSpec | HyperConnectionsSpec | GatedStreamsSpec,
+    SumResidualSpec
+    | DepthScaledResidualSpec
+    | ScaledResidualSpec
+    | HyperConnectionsSpec
+    | GatedStreamsSpec
+    | BlockAttentionResidualSpec,
     Field(discriminator="kind"),
     default_kind("sum"),
 ]
@@ -80,6 +104,7 @@ def check_residual(
     spec: ResidualSpec, layers: Sequence[LayerSpec], *, has_layer_inputs: bool, has_final_norm: bool
 ) -> None:
     """Raise if a model adds to its residual stream in a way that this kind of residual has no meaning for."""
+    _check_separate_inputs(spec, layers)
     for place, layer in enumerate(layers):
         if layer.norm_placement == "stream" and not isinstance(spec, SumResidualSpec):
             raise impossible(
@@ -105,6 +130,16 @@ def check_residual(
                     "single blocks",
                     "Remove one of the two",
                 )
+        case BlockAttentionResidualSpec():
+            single = any(layer.mixer_only or not layer.has_mixer for layer in layers)
+            parallel = any(layer.norm_placement == "parallel" for layer in layers)
+            if has_layer_inputs or shortcut or parallel or single or any(_adds(layer) for layer in layers):
+                raise impossible(
+                    "residual",
+                    "is block_attention, but there are layer_inputs, a shortcut, an output_scale, ngram_embeddings, or "
+                    "layers without two blocks in a row",
+                    "Remove one of the two",
+                )
         case HyperConnectionsSpec() | GatedStreamsSpec():
             for place, layer in enumerate(layers):
                 if isinstance(spec, GatedStreamsSpec) and layer.norm_placement != "pre":
@@ -124,3 +159,17 @@ def check_residual(
                 )
         case _:
             assert_never(spec)
+
+
+def _adds(layer: LayerSpec) -> bool:
+    return layer.output_scale or layer.ngram_embeddings is not None
+
+
+def _check_separate_inputs(spec: ResidualSpec, layers: Sequence[LayerSpec]) -> None:
+    for place, layer in enumerate(layers):
+        if layer.separate_inputs and not isinstance(spec, SumResidualSpec | BlockAttentionResidualSpec):
+            raise impossible(
+                f"layers[{place}].separate_inputs",
+                f"is true, but residual is {spec.kind}, of which a block has one input",
+                "Use residual: {kind: block_attention}, or remove it",
+            )

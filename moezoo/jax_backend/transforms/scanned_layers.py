@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from moezoo.core.config.update_rules import UpdateRule
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
-from moezoo.core.spec import GroupedQueryAttentionSpec, LayerSpec, ModelSpec
+from moezoo.core.spec import BlockAttentionResidualSpec, GroupedQueryAttentionSpec, LayerSpec, ModelSpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.distributed.sharding import Placement, stacked
 from moezoo.jax_backend.layer import Layer, LayerOutput, ResidualState, StepInputs
@@ -32,6 +32,8 @@ def equal_layers(spec: ModelSpec, parameters: Mapping[str, Any]) -> list[range]:
     """
     layers = spec.all_layers
     alone = set(spec.shared_layers)
+    if isinstance(spec.residual, BlockAttentionResidualSpec):  # each block of layers reads one sum more
+        alone |= set(range(len(layers)))
     for index, layer in enumerate(layers):
         if layer.shortcut:
             alone |= {index, index + 1}

@@ -141,6 +141,21 @@ CASES = {
         f"{ATTENTION}.compression.indexer.head_dim is 2, but it rotates rope_head_dim = 4 features (x.yaml). Use at "
         "least 4.",
     ),
+    "separate inputs behind the block": (
+        model(layer(separate_inputs=True, norm_placement="post")),
+        "model.layers[0].separate_inputs is true, but there are no queries, keys and values with a projection and a "
+        "norm before it each (x.yaml). Use grouped_query attention with norm_placement: pre.",
+    ),
+    "separate inputs of streams": (
+        model(layer(separate_inputs=True), residual={"kind": "scaled"}),
+        "model.layers[0].separate_inputs is true, but residual is scaled, of which a block has one input (x.yaml). Use "
+        "residual: {kind: block_attention}, or remove it.",
+    ),
+    "attention over depth beside a shortcut": (
+        model(layer(norm_placement="parallel"), residual={"kind": "block_attention"}),
+        "model.residual is block_attention, but there are layer_inputs, a shortcut, an output_scale, ngram_embeddings, "
+        "or layers without two blocks in a row (x.yaml). Remove one of the two.",
+    ),
     "sinks twice": (
         attention(sinks=True, projected_sinks=True),
         f"{ATTENTION}.projected_sinks is true, but sinks is also set (x.yaml). Set only one of them.",
