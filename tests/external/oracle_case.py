@@ -102,7 +102,7 @@ def law_of(case: Case, name: str, dtype: str) -> str:
     if re.search("visual|vision", name):
         return "matrix"
     law = next((law for pattern, law in LAW_OF_NAME if re.search(pattern, name)), "matrix")
-    if law == "norm" and case.config["model_type"] in ("qwen3_next", "qwen3_5_moe_text", "qwen3_5_moe"):
+    if law == "norm" and case.config["model_type"].startswith(("qwen3_next", "qwen3_5_moe", "qwen4_exp")):
         return law if "linear_attn" in name else "zero_centred_norm"
     return law
 
@@ -295,6 +295,33 @@ def with_decays(heads: int, block: int) -> Callable[[Stored], Stored]:
     return added
 
 
+HASHES = r"\.ple_embedding\.(layer_multipliers|ngram_heads_(vocab_sizes|offsets))$"
+
+
+def without_hashes(shapes: Shapes) -> Shapes:
+    """Remove the buffers of hash functions, which follow from the config; transformers saves them, and derives them."""
+    return {name: shape for name, shape in with_fused_experts(shapes).items() if not re.search(HASHES, name)}
+
+
+def with_hashes(prefix: str, config: dict[str, Any]) -> Callable[[Stored], Stored]:
+    """Return the inverse of `without_hashes`, and of what `inside_a_wrapper` adds; `prefix` of layers."""
+
+    def added(tensors: Stored) -> Stored:
+        from transformers.models.qwen4_exp import modeling_qwen4_exp as qwen4
+
+        found = without(r"^mtp\.|^model\.visual\.")(tensors)
+        own = qwen4.Qwen4ExpTextConfig(**config)
+        for index, layer in enumerate(own.ple_layer_ids):
+            module = qwen4.Qwen4ExpTextNGramEmbedding(own, own.ple_embed_dim, layer - 1, index)
+            found |= {
+                f"{prefix}layers.{layer - 1}.ple.ple_embedding.{name}": ("I64", value.numpy())
+                for name, value in module.named_buffers()
+            }
+        return found
+
+    return added
+
+
 def with_prediction_layer(shapes: Shapes) -> Shapes:
     """Add DeepSeek's multi-token prediction layer, numbered after the last layer, with its other tensors."""
     embed, last = (
@@ -338,6 +365,11 @@ def unwrapped(text: str, head: str, extra: Shapes) -> Callable[[Stored], Stored]
 def _replaced(name: str, replacements: tuple[tuple[str, str], ...]) -> str:
     pattern, other = next(((old, new) for old, new in replacements if re.search(old, name)), ("^", ""))
     return re.sub(pattern, other, name)
+
+
+def inside_a_wrapper_without_hashes(shapes: Shapes) -> Shapes:
+    """Both of what `without_hashes` and `inside_a_wrapper` do."""
+    return inside_a_wrapper(without_hashes(shapes))
 
 
 def inside_a_wrapper(shapes: Shapes) -> Shapes:

@@ -3,6 +3,7 @@
 # ruff: noqa: C408 (fields of config.json are more readable as keywords)
 
 from oracle_case import (
+    COMMON,
     add,
     as_deepseek_names,
     in_e4m3_blocks,
@@ -10,10 +11,12 @@ from oracle_case import (
     in_their_dtypes,
     with_decays,
     with_fused_experts,
+    with_hashes,
     with_hy_v4_names,
     with_identity_rows,
     without_decays,
     without_e4m3_blocks,
+    without_hashes,
     without_identity_rows,
     without_mxfp4,
 )
@@ -742,6 +745,45 @@ add(
         "mrope_section": [1, 1, 0],
     },
     **DELTA,
+)
+QWEN4 = DELTA | dict(
+    layer_types=["linear_attention", "indexed_attention", "linear_attention"],
+    hc_count=3,
+    hc_lowrank=10,
+    ple_layer_ids=[3, 1],
+    ple_embed_dim=24,
+    ple_conv_kernel_size=3,
+    ngram_size=3,
+    heads_per_ngram=2,
+    ngram_vocab_size_base=50,
+    make_ngram_vocab_size_divisible_by=8,
+    seed=99,
+    split_ngram_parts=4,
+    eos_token_id=[5, 7],
+    indexer_n_heads=4,
+    indexer_kv_heads=1,
+    indexer_head_dim=8,
+    indexer_budget=8,
+    indexer_compress_ratio=4,
+    output_gate_type="sigmoid",
+    norm_topk_prob=False,
+    rope_parameters={
+        "rope_type": "default",
+        "rope_theta": 1e4,
+        "partial_rotary_factor": 0.25,
+        "mrope_interleaved": True,
+        "mrope_section": [1, 1, 0],
+    },
+)
+
+
+add(
+    "qwen4_exp_text",
+    "gated streams, n-gram embeddings before both delta networks, an indexer of blocks, sigmoid output gates",
+    as_on_the_hub=without_hashes,
+    for_transformers=with_hashes("model.", COMMON | QWEN4),
+    model_type="qwen4_exp_text",
+    **QWEN4,
 )
 add(
     "lfm2_moe",

@@ -8,9 +8,11 @@ from oracle_case import (
     as_axk1_is_released,
     in_dtype,
     inside_a_wrapper,
+    inside_a_wrapper_without_hashes,
     renamed,
     unwrapped,
     with_fused_experts,
+    with_hashes,
     with_mixed_experts,
     with_prediction_layer,
     without,
@@ -42,6 +44,7 @@ from oracle_families import (
     PHIMOE,
     QWEN3_MOE,
     QWEN3_NEXT,
+    QWEN4,
 )
 
 add(
@@ -409,6 +412,29 @@ add(
     }
     | DELTA,
     vision_config={"model_type": "qwen3_5_moe_vision", "depth": 1, "hidden_size": 24, "num_heads": 2, "patch_size": 4},
+    tie_word_embeddings=False,
+)
+QWEN4_ONE = QWEN4 | dict(
+    num_hidden_layers=2,
+    layer_types=["linear_attention", "full_attention"],
+    ple_layer_ids=[1],
+    split_ngram_parts=1,
+    ngram_size=2,
+    eos_token_id=5,
+    output_gate_type=None,
+    norm_topk_prob=True,
+)
+add(
+    "qwen4_exp",
+    "inside the multimodal wrapper; n-gram embeddings in one part, silu output gates, renormalized weights",
+    as_on_the_hub=inside_a_wrapper_without_hashes,
+    for_transformers=with_hashes("model.language_model.", COMMON | QWEN4_ONE),
+    **{key: ... for key in COMMON if key != "tie_word_embeddings"},
+    model_type="qwen4_exp",
+    text_config={key: value for key, value in COMMON.items() if key != "torch_dtype"}
+    | {"model_type": "qwen4_exp_text", "dtype": "float32"}
+    | QWEN4_ONE,
+    vision_config={"model_type": "qwen4_exp_vision", "depth": 1, "hidden_size": 24, "num_heads": 2, "patch_size": 4},
     tie_word_embeddings=False,
 )
 LLAMA4_NAMES = ("language_model.model.", "language_model.", {"vision_model.class_embedding": (24,)})

@@ -47,8 +47,8 @@ IDLE = {
     "use_double_wide_mlp": ("gemma4*",),
     "vocab_size_per_layer_input": ("gemma4", "gemma4_text", "gemma4_text_shared_kv"),
     "long_mscale": ("phimoe*",),
-    "mrope_interleaved": ("qwen3_5_moe*",),
-    "mrope_section": ("qwen3_5_moe*",),
+    "mrope_interleaved": ("qwen3_5_moe*", "qwen4_exp*"),
+    "mrope_section": ("qwen3_5_moe*", "qwen4_exp*"),
     # overridden by rope_parameters
     "partial_rotary_factor": ("mimo_v2_flash*",),
     "rope_theta": ("granitemoe_swa*", "mimo_v2_flash*", "granitemoehybrid"),
@@ -65,6 +65,7 @@ IDLE = {
         "llama4",
         "mistral4_wrapped",
         "qwen3_5_moe",
+        "qwen4_exp",
     ),
     # ignored by transformers
     "beta_fast": ("hunyuan_v1_moe",),

@@ -112,7 +112,7 @@ def without_auxiliary_losses(spec: ModelSpec) -> ModelSpec:
         if layer["moe"]:
             layer["moe"]["losses"] = ()
         for holder in (layer["attention"], layer["attention"].get("compression") or {}):
-            if holder.get("indexer"):
+            if "loss_coefficient" in (holder.get("indexer") or {}):
                 holder["indexer"]["loss_coefficient"] = 0.0
     return ModelSpec.model_validate(raw)
 

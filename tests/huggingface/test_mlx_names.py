@@ -31,6 +31,7 @@ NOT_THERE = {
     "hy_v4",
     "inkling_text",
     "kolibri1",
+    "qwen4_exp_text",
     "zaya",
 }
 
