@@ -95,7 +95,7 @@ def law_of(case: Case, name: str, dtype: str) -> str:
     """Return the law of the random values of a tensor, by its name."""
     if dtype == "U8":
         return name.rsplit("_", 1)[-1]
-    if name.endswith("weight_scale_inv"):
+    if name.endswith(("weight_scale_inv", "weight_scale")):
         return "block_scale"
     if dtype == "F8_E4M3":
         return "codes"
@@ -229,6 +229,28 @@ def without_e4m3_blocks(tensors: Stored) -> Stored:
             scale = tensors[f"{name}_scale_inv"][1].repeat(128, axis=0).repeat(128, axis=1)
             plain[name] = ("F32", fixtures.e4m3_values()[array] * scale[: array.shape[0], : array.shape[1]])
         elif not name.endswith("_scale_inv"):
+            plain[name] = (dtype, array)
+    return plain
+
+
+def in_e4m3_channels(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[int, ...], str]]:
+    """Store attention and feed-forward matrices as E4M3 codes with a scale per row, as compressed-tensors does."""
+    if not re.search(r"(self_attn|mlp)\..*_proj\.weight$", name):
+        return [(name, shape, "F32")]
+    return [(name, shape, "F8_E4M3"), (f"{name}_scale", (shape[0], 1), "BF16")]
+
+
+def without_e4m3_channels(tensors: Stored) -> Stored:
+    """Decode to code * scale in float32, by torch."""
+    import torch
+
+    plain: Stored = {}
+    for name, (dtype, array) in tensors.items():
+        if dtype == "F8_E4M3":
+            bits = np.asarray(tensors[f"{name}_scale"][1]).view(np.uint16).astype(np.uint32) << 16
+            codes = torch.from_numpy(array.view(np.uint8).copy()).view(torch.float8_e4m3fn)
+            plain[name] = ("F32", (codes.float() * torch.from_numpy(bits.view(np.float32))).numpy())
+        elif not name.endswith("_scale"):
             plain[name] = (dtype, array)
     return plain
 

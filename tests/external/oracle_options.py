@@ -7,6 +7,7 @@ from oracle_case import (
     add,
     as_axk1_is_released,
     in_dtype,
+    in_e4m3_channels,
     inside_a_wrapper,
     inside_a_wrapper_without_hashes,
     renamed,
@@ -16,6 +17,7 @@ from oracle_case import (
     with_mixed_experts,
     with_prediction_layer,
     without,
+    without_e4m3_channels,
 )
 from oracle_families import (
     ARIA,
@@ -737,4 +739,30 @@ add(
         use_conv_bias=False,
         time_step_min=0.35,
     ),
+)
+
+# FP8 of compressed-tensors: a scale per row
+
+add(
+    "qwen3_moe_fp8_channels",
+    "E4M3 codes with a scale per row; outputs are of code * scale",
+    storage=in_e4m3_channels,
+    for_transformers=without_e4m3_channels,
+    laws={"block_scale": {"mean": 0.015, "std": 0.003}},
+    config_additions={
+        "quantization_config": {
+            "config_groups": {
+                "group_0": {
+                    "input_activations": {"dynamic": True, "num_bits": 8, "strategy": "token", "type": "float"},
+                    "targets": ["Linear"],
+                    "weights": {"num_bits": 8, "strategy": "channel", "symmetric": True, "type": "float"},
+                }
+            },
+            "format": "float-quantized",
+            "ignore": ["lm_head", "re:.*mlp.gate$"],
+            "quant_method": "compressed-tensors",
+            "quantization_status": "compressed",
+        }
+    },
+    **QWEN3_MOE,
 )

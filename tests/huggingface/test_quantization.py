@@ -1,11 +1,14 @@
+import json
 from pathlib import Path
 
 import ml_dtypes
 import numpy as np
 import pytest
 
-from moezoo.core.errors import CheckpointError
+from moezoo.core.errors import CheckpointError, SpecError
+from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
+from tests.support.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
 
 PIECE = Path(__file__).parents[1] / "data/huggingface/mxfp4_piece.npz"
 
@@ -128,6 +131,23 @@ def test_fp8_blocks_have_separate_scales_and_the_last_ones_are_partial():
         assert values[row, column] == expected
 
 
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1), (3, 1), (1, 2)])
+def test_fp8_scales_may_be_of_a_tensor_or_of_channels(shape):
+    """By hand: 0x38 is 1, 0x40 is 2, 0xB8 is -1, 0x30 is 0.5, 0x7E is 448, 0x01 is 2^-9."""
+    codes = np.array([[0x38, 0x40], [0xB8, 0x30], [0x7E, 0x01]], np.uint8).view(ml_dtypes.float8_e4m3fn)
+    scales = (np.arange(np.prod(shape, dtype=int)) + 3).astype(np.float32).reshape(shape)
+    expected = np.float32([[1, 2], [-1, 0.5], [448, 2**-9]]) * scales
+    np.testing.assert_array_equal(fp8_decode(codes, scales), expected)
+    np.testing.assert_array_equal(bits(fp8_encode(expected, scales)), bits(codes))
+
+
+@pytest.mark.parametrize("matrices", [(2, 200, 1), (2, 1, 5), (2, 1, 1)])
+def test_fp8_scales_of_channels_of_several_matrices_broadcast(matrices):
+    codes, _ = random_fp8(2, 200, 5)
+    scales = np.exp(np.random.default_rng(1).uniform(-3, 3, matrices)).astype(np.float32)
+    np.testing.assert_array_equal(fp8_decode(codes, scales), codes.astype(np.float32) * scales)
+
+
 @pytest.mark.parametrize("shape", [(200, 300), (3, 130, 5), (1, 1), (128, 256)])
 def test_fp8_codes_round_trip_bit_for_bit(shape):
     codes, scales = random_fp8(*shape)
@@ -153,8 +173,59 @@ def test_fp8_changed_values_are_refused_unless_rounded():
 
 
 @pytest.mark.parametrize(
-    ("codes", "scales"), [((200, 300), (1, 2)), ((200, 300), (2, 3, 1)), ((200,), (2,)), ((3, 9, 9), (1, 1))]
+    ("codes", "scales"), [((200, 300), (1, 2)), ((200, 300), (2, 3, 1)), ((200,), (2,)), ((3, 9, 9), (9, 1))]
 )
 def test_fp8_scales_of_another_shape_are_refused(codes, scales):
     with pytest.raises(CheckpointError, match="w: FP8 codes have shape"):
         fp8_shape("w", codes, scales)
+
+
+@pytest.mark.parametrize(
+    ("config", "ending", "per_row"),
+    [
+        ({"quant_method": "fp8", "weight_block_size": None, "activation_scheme": "static"}, "_scale_inv", False),
+        ({"quant_method": "fbgemm_fp8", "activation_scale_ub": 1200.0}, "_scale", True),
+    ],
+)
+def test_a_folder_with_scales_of_tensors_or_channels_is_opened(config, ending, per_row, tmp_path):
+    """Each number is its code times 0.01, and in rows 0, 1, ... 0.01, 0.02, ...; scales of activations are kept."""
+    case = "qwen3_moe_fp8_channels"
+    folder, description = write_checkpoint(case, tmp_path / case), read_fixture(case).description
+    tensors = {}
+    for name, (dtype, array) in drawn_tensors(description).items():
+        if not name.endswith("_scale"):
+            tensors[name] = (dtype, array)
+            continue
+        scale = 0.01 * np.arange(1, len(array) + 1).reshape(-1, 1) if per_row else np.asarray(0.01)
+        tensors[name.removesuffix("_scale") + ending] = ("F32", scale.astype(np.float32))
+        tensors[name.removesuffix("weight_scale") + "input_scale"] = ("F32", np.asarray(0.5, np.float32))
+    write_safetensors(folder / "model.safetensors", tensors)
+    (folder / "config.json").write_text(json.dumps(description["config"] | {"quantization_config": config}))
+    opened = open_checkpoint(folder)
+    codes = tensors["model.layers.0.self_attn.q_proj.weight"][1].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    expected = codes * tensors["model.layers.0.self_attn.q_proj.weight" + ending][1]
+    found = np.asarray(opened.weights["layers.0.attention.w_query"])
+    np.testing.assert_array_equal(found.reshape(len(found), -1).T, expected)
+    assert opened.layout.ledger.counts()["kept"] == opened.layout.ledger.counts()["scales"]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"format": "pack-quantized"}, "format is .pack-quantized.; expected .float-quantized., with config_groups"),
+        ({"config_groups": {"group_0": {"targets": ["Linear"]}}}, "group_0 is .*; expected an object with weights"),
+        ({"config_groups": {"group_0": {"weights": {"type": "int"}}}}, "type is .int.; expected .float."),
+        ({"config_groups": {"group_0": {"weights": {"num_bits": 4}}}}, "num_bits is 4; expected 8"),
+        (
+            {"config_groups": {"group_0": {"weights": {"strategy": "group"}}}},
+            "strategy is .group.; expected .tensor. or",
+        ),
+    ],
+)
+def test_other_formats_of_compressed_tensors_are_refused_by_name(change, message, tmp_path):
+    case = "qwen3_moe_fp8_channels"
+    folder, config = write_checkpoint(case, tmp_path / case), read_fixture(case).description["config"]
+    config = config | {"quantization_config": config["quantization_config"] | change}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(SpecError, match=message):
+        open_checkpoint(folder)

@@ -1,4 +1,4 @@
-"""Encoding and decoding of quantized tensors: MXFP4 in groups of 32, and FP8 in blocks of 128 x 128.
+"""Encoding and decoding of quantized tensors: MXFP4 in groups of 32, FP8 in blocks, channels or whole tensors.
 
 Decoding is exact, except for the one rounding inherent in the format (FP8: code times scale, in float32). Encoding is
 its inverse with the same scales: values that no code represents exactly are rejected, unless rounding is requested.
@@ -8,6 +8,7 @@ Source: OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M
 2209.05433 (E4M3); DeepSeek-V3, arXiv 2412.19437, section 3.3.2 (blocks of 128 x 128).
 """
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -40,17 +41,38 @@ def mxfp4_shape(name: str, blocks: Shape, scales: Shape) -> Shape:
 
 
 def fp8_shape(name: str, codes: Shape, scales: Shape) -> Shape:
-    """Return the shape [..., out, in] of the tensor stored as FP8 codes [..., out, in] and one scale per block.
+    """Return the shape [..., out, in] of the tensor stored as FP8 codes [..., out, in] and their scales.
 
-    Raises CheckpointError with the tensor's name if the two do not match.
+    Scales are one per block, [..., ceil(out / 128), ceil(in / 128)]; one per channel, [..., out, 1] or [..., 1, in];
+    or one for the tensor. Raises CheckpointError with the tensor's name if the two do not match.
     """
-    expected = (*codes[:-2], *(-(-size // FP8_BLOCK) for size in codes[-2:]))
-    if len(codes) < 2 or scales != expected:
+    if len(codes) < 2 or not (has_fp8_blocks(codes, scales) or _is_broad(codes, scales)):
         raise CheckpointError(
-            f"{name}: FP8 codes have shape {list(codes)} and scales {list(scales)}; expected {list(expected)}, one "
-            f"scale per block of {FP8_BLOCK} x {FP8_BLOCK}, the last ones partial. Fetch the checkpoint again."
+            f"{name}: FP8 codes have shape {list(codes)} and scales {list(scales)}; expected "
+            f"{list(_blocks_of(codes))}, one scale per block of {FP8_BLOCK} x {FP8_BLOCK}, the last ones partial, or "
+            "one per channel or tensor. Fetch the checkpoint again."
         )
     return codes
+
+
+def has_fp8_blocks(codes: Shape, scales: Shape) -> bool:
+    """Return True for scales of blocks of 128 x 128; where they are of one channel or tensor too, all is the same."""
+    return scales == _blocks_of(codes)
+
+
+def _blocks_of(codes: Shape) -> Shape:
+    return (*codes[:-2], *(-(-size // FP8_BLOCK) for size in codes[-2:]))
+
+
+def _is_broad(codes: Shape, scales: Shape) -> bool:
+    """Return True for one scale of the tensor, of each matrix, or of each row or column."""
+    if math.prod(scales) == 1:
+        return True
+    return (
+        len(scales) == len(codes)
+        and scales[:-2] == codes[:-2]
+        and any(scales[-2:] == known for known in ((1, 1), (codes[-2], 1), (1, codes[-1])))
+    )
 
 
 def mxfp4_decode(blocks: Array, scales: Array) -> Array:
@@ -98,7 +120,7 @@ def mxfp4_encode(values: Array, scales: Array, kept: Array | None = None, *, rou
 
 
 def fp8_decode(codes: Array, scales: Array) -> Array:
-    """Decode E4M3 codes [..., out, in] with scales [..., ceil(out / 128), ceil(in / 128)] to float32 `code * scale`.
+    """Decode E4M3 codes [..., out, in] with scales as of `fp8_shape` to float32 `code * scale`.
 
     Codes 0x7F and 0xFF are NaN; there is no infinity.
     """
@@ -143,7 +165,14 @@ def _pieces(rows: int, row: int) -> Iterator[slice]:
 
 
 def _bands(shape: Shape, scales: Array) -> Iterator[tuple[tuple[int | slice, ...], Array]]:
-    """Yield an index of rows that share their blocks' scales, and one scale per column."""
+    """Yield an index of rows that share their blocks' scales, and the scales of their columns, or of all numbers."""
+    if not has_fp8_blocks(shape, scales.shape):
+        whole = scales.astype(np.float32).reshape(-1)[0] if scales.size == 1 else scales.astype(np.float32)
+        every = np.broadcast_to(whole, shape)
+        for *matrix, start in np.ndindex(*shape[:-2], -(-shape[-2] // FP8_BLOCK)):
+            index = (*matrix, slice(start * FP8_BLOCK, (start + 1) * FP8_BLOCK))
+            yield index, every[index]
+        return
     for outer in np.ndindex(*scales.shape[:-1]):
         *matrix, band = outer
         rows = slice(band * FP8_BLOCK, (band + 1) * FP8_BLOCK)

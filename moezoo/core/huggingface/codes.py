@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_header import size_bytes
 from moezoo.core.huggingface.assembly import assemble
-from moezoo.core.huggingface.codecs import FP8_BLOCK
+from moezoo.core.huggingface.codecs import FP8_BLOCK, has_fp8_blocks
 from moezoo.core.huggingface.ledger import FLOATS, Readable, Source
 from moezoo.core.huggingface.quantized_tensors import Quantized, numpy_dtype
 from moezoo.core.huggingface.tensors import Placed
@@ -50,6 +50,8 @@ def coded_form(sources: Sequence[Source], shape: tuple[int, ...], quantized: Qua
     known = next(iter(axes))
     if len(dtypes) > 1:
         return "their scales have several dtypes"
+    if format.mode == "fp8" and not all(_Stored(quantized, _SCALES).has_blocks(source.name) for source in sources):
+        return "their scales are of channels or whole tensors"
     if len(axes) > 1 or known is None:
         return "they have only parts of rows of codes"
     lead, packed = known
@@ -114,6 +116,11 @@ class _Stored:
         if tensor.format.mode == "fp8":
             return numpy_dtype("F32" if stored == "F8_E8M0" else stored)
         return numpy_dtype(stored) if tensor.format.has_biases else np.dtype(np.uint8)
+
+    def has_blocks(self, name: str) -> bool:
+        """Return True if FP8 scales are of blocks."""
+        tensor, part = self._tensor(name)
+        return has_fp8_blocks(tensor.shape, self.quantized.folder.tensors[part].shape)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
         tensor, part = self._tensor(name)

@@ -27,6 +27,8 @@ _WRAPPERS: tuple[Mapping[str, str], ...] = (
 )
 
 Status = Literal["mapped", "copy", "codes", "scales", "biases", "kept"]
+# Scales of FP8 activations, which stay floats here.
+_ACTIVATIONS = ("*.input_scale", "*.activation_scale", "*.input_scale_ub", "*.k_scale", "*.v_scale")
 _BESIDE_CODES: tuple[Status, ...] = ("scales", "biases")
 
 
@@ -252,7 +254,7 @@ def _check_cover(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, li
 
 
 def _is_kept(family: Family, name: str, wrap: Callable[[str], str], num_layers: int) -> bool:
-    if any(fnmatchcase(name, pattern) or fnmatchcase(name, wrap(pattern)) for pattern in family.kept):
+    if any(fnmatchcase(name, pattern) or fnmatchcase(name, wrap(pattern)) for pattern in (*family.kept, *_ACTIVATIONS)):
         return True
     layer = re.match(re.escape(wrap("model.layers.")) + r"(\d+)\.", name)
     return family.later_layers_kept and layer is not None and int(layer[1]) >= num_layers

@@ -10,7 +10,15 @@ import numpy.typing as npt
 
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.assembly import same_bits
-from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
+from moezoo.core.huggingface.codecs import (
+    FP8_BLOCK,
+    fp8_decode,
+    fp8_encode,
+    fp8_shape,
+    mxfp4_decode,
+    mxfp4_encode,
+    mxfp4_shape,
+)
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, INTEGERS, Readable
@@ -21,7 +29,8 @@ from moezoo.core.quantization.weight import decode_rows
 Array = npt.NDArray[Any]
 
 _BLOCKS, _SCALES = "_blocks", "_scales"  # MXFP4
-_SCALE_INV = "_scale_inv"  # FP8
+_SCALE_INV, _SCALE = "_scale_inv", "_scale"  # FP8
+_METHODS = ("mxfp4", "fp8", "fbgemm_fp8", "compressed-tensors")
 
 
 @dataclass(frozen=True)
@@ -53,7 +62,7 @@ class Quantized:
         self.folder.read(name, out=out)
 
     def has_rows(self, name: str) -> bool:
-        """Return True if codes and scales have equal rows, so rows can be read (FP8 has one scale per 128 rows)."""
+        """Return True if codes and scales have equal rows, so rows can be read. Blocks of FP8 have fewer."""
         stored = self.readable[name].stored if name in self.readable else (name,)
         shapes = [self.folder.tensors[part].shape for part in stored]
         return all(shape and shape[0] == shapes[0][0] for shape in shapes)
@@ -129,21 +138,50 @@ def quantized_tensors(fields: Fields, tensors: Mapping[str, StoredTensor]) -> di
                     shape = mxfp4_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
                     found[name] = Readable("BF16", shape, (name, scales), QuantizationFormat("mxfp4", 4, 32))
         case "fp8":
-            size = config.get("weight_block_size", [128, 128])
-            if size != [128, 128]:
-                raise config.refuse("weight_block_size", "[128, 128]")
-            for name, tensor in tensors.items():
-                scales = name + _SCALE_INV
-                if tensor.dtype == "F8_E4M3" and scales in tensors:
-                    _check_dtype(tensors, scales, ("F32", "BF16", "F8_E8M0"))
-                    shape = fp8_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
-                    found[name] = Readable("F32", shape, (name, scales), QuantizationFormat("fp8", 8, 128))
+            size = None if config.null("weight_block_size") else config.get("weight_block_size", [128, 128])
+            if size not in (None, [128, 128]):
+                raise config.refuse("weight_block_size", "[128, 128] or null")
+            found = _fp8_tensors(tensors, _SCALE_INV)
+        case "fbgemm_fp8":
+            found = _fp8_tensors(tensors, _SCALE)
+        case "compressed-tensors":
+            _check_float_quantized(config)
+            found = _fp8_tensors(tensors, _SCALE)
         case _:
             raise SpecError(
-                f"quantization_config.quant_method is {method!r:.80}; expected mxfp4 or fp8, or "
+                f"quantization_config.quant_method is {method!r:.80}; expected one of {', '.join(_METHODS)}, or "
                 f"mlx-lm's quantization ({fields.where}). Use an unquantized version of the checkpoint, or mlx-lm's."
             )
     return found
+
+
+def _fp8_tensors(tensors: Mapping[str, StoredTensor], ending: str) -> dict[str, Readable]:
+    """Return the tensors of E4M3 codes whose scales have the same name with this ending."""
+    found = {}
+    for name, tensor in tensors.items():
+        scales = name + ending
+        if tensor.dtype == "F8_E4M3" and scales in tensors:
+            _check_dtype(tensors, scales, ("F32", "BF16", "F8_E8M0"))
+            shape = fp8_shape(_where(tensors, name), tensor.shape, tensors[scales].shape)
+            found[name] = Readable("F32", shape, (name, scales), QuantizationFormat("fp8", 8, 128))
+    return found
+
+
+def _check_float_quantized(config: Fields) -> None:
+    """Raise SpecError unless all groups of a config of compressed-tensors are E4M3 weights with symmetric scales."""
+    groups = config.inside("config_groups")
+    if config.get("format") != "float-quantized" or groups is None:
+        raise config.refuse("format", '"float-quantized", with config_groups')
+    for name in groups.raw:
+        inner = groups.inside(name)
+        weights = None if inner is None else inner.inside("weights")
+        if weights is None:
+            raise groups.refuse(name, "an object with weights")
+        weights.expect("type", "float")
+        weights.expect("num_bits", 8)
+        weights.expect("symmetric", True)
+        weights.expect("strategy", "tensor", "channel", "block")
+        weights.expect("block_structure", [FP8_BLOCK, FP8_BLOCK], f"{FP8_BLOCK}x{FP8_BLOCK}")
 
 
 def _where(tensors: Mapping[str, StoredTensor], name: str) -> str:
