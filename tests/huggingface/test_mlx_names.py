@@ -30,7 +30,9 @@ NOT_THERE = {
     "hy_v3",
     "hy_v4",
     "inkling_text",
+    "jetmoe",
     "kolibri1",
+    "minimax",  # its model of this name is MiniMax-M2
     "qwen4_exp_text",
     "zaya",
 }
