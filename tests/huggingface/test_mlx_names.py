@@ -29,6 +29,7 @@ NOT_THERE = {
     "granitemoe_swa",
     "hy_v3",
     "hy_v4",
+    "inkling2_text",
     "inkling_text",
     "jetmoe",
     "kolibri1",

@@ -13,7 +13,7 @@ In a tensor that contains several parameters, axis `x` is their concatenation, e
         Part("layers.{layer}.attention.w_rope_key", "o", "d o"),
     ))
 
-If one of their layers is two of ours, ours are `{even}` and `{odd}` (2 i and 2 i + 1).
+If one of their layers is two of ours, ours are `{even}` and `{odd}` (2 i and 2 i + 1); `{next}` is i + 1.
 A part that takes "" takes a single index of `x`: `(f x)` with two such parts is gate and up interleaved. Every rule
 works in both directions and only moves bits, never changes values.
 """
@@ -53,6 +53,7 @@ class Fused:
         parts: the parameters, in the order of their concatenation along axis `x`.
         sizes: parameters of ours that only determine axis sizes, (name, axes); the rule applies to layers with them.
         copy: a duplicate of another tensor (the head of a tied model); it must be equal.
+        unless: a parameter of ours; the rule does not apply to layers with it.
     """
 
     theirs: str
@@ -60,6 +61,7 @@ class Fused:
     parts: tuple[Part, ...]
     sizes: tuple[tuple[str, str], ...] = ()
     copy: bool = False
+    unless: str | None = None
 
     @property
     def per_expert(self) -> bool:
@@ -215,6 +217,8 @@ def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
         required = [names[0], *(_in_layer(name, layer) for name, _ in rule.sizes)]
         if any(name not in shapes for name in required):
             continue
+        if rule.unless is not None and _in_layer(rule.unless, layer) in shapes:
+            continue
         if len(shapes[names[0]]) != len(_groups(rule.parts[0].axes)):
             continue
         sizes = _sizes(rule, names, shapes, layer)
@@ -227,7 +231,7 @@ def places(rule: Fused, shapes: Shapes, num_layers: int) -> Iterator[Placed]:
 
 def _in_layer(ours: str, layer: int | None) -> str:
     """Return our parameter name for their layer index."""
-    return ours if layer is None else ours.format(layer=layer, even=2 * layer, odd=2 * layer + 1)
+    return ours if layer is None else ours.format(layer=layer, even=2 * layer, odd=2 * layer + 1, next=layer + 1)
 
 
 def _sizes(rule: Fused, names: list[str], shapes: Shapes, layer: int | None) -> dict[str, int]:

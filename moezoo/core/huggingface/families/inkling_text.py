@@ -144,12 +144,64 @@ def tensors() -> tuple[Fused, ...]:
     )
 
 
+LLM = "model.llm.layers.{layer}"
+
+
+def released() -> tuple[Fused, ...]:
+    """Return the rules with the names of released files, those that Inkling 2 has too."""
+    experts = f"{LLM}.mlp.experts"
+    return (
+        Tensor("model.llm.embed.weight", "v d", "embedding.weight", "v d"),
+        Tensor("model.llm.embed_norm.weight", "d", "embedding_norm.scale", "d"),
+        Tensor("model.llm.norm.weight", "d", "final_norm.scale", "d"),
+        Tensor("model.llm.unembed.weight", "v d", "head.w_head", "d v"),
+        Tensor(f"{LLM}.attn_norm.weight", "d", f"{OURS}.attention_norm.scale", "d"),
+        Tensor(f"{LLM}.mlp_norm.weight", "d", f"{OURS}.feed_forward_norm.scale", "d"),
+        Tensor(f"{LLM}.attn.wq_du.weight", "(n h) d", f"{ATTENTION}.w_query", "d n h"),
+        Tensor(f"{LLM}.attn.wk_dv.weight", "(m h) d", f"{ATTENTION}.w_key", "d m h"),
+        Tensor(f"{LLM}.attn.wv_dv.weight", "(m h) d", f"{ATTENTION}.w_value", "d m h"),
+        Tensor(f"{LLM}.attn.wr_du.weight", "(n r) d", f"{ATTENTION}.relative.w_feature", "d n r"),
+        Tensor(f"{LLM}.attn.wo_ud.weight", "d (n h)", f"{ATTENTION}.w_output", "n h d"),
+        Tensor(f"{LLM}.attn.rel_logits_proj.proj", "r t", f"{ATTENTION}.relative.profile", "r t"),
+        Tensor(f"{LLM}.attn.k_sconv.weight", "(m h) 1 w", f"{ATTENTION}.key_convolution.conv", "w m h"),
+        Tensor(f"{LLM}.attn.v_sconv.weight", "(m h) 1 w", f"{ATTENTION}.value_convolution.conv", "w m h"),
+        Tensor(f"{LLM}.attn_sconv.weight", "d 1 w", f"{OURS}.attention_convolution.conv", "w d"),
+        Tensor(f"{LLM}.mlp_sconv.weight", "d 1 w", f"{OURS}.feed_forward_convolution.conv", "w d"),
+        Tensor(f"{LLM}.mlp.gate.bias", "e", f"{MOE}.router.selection_bias", "e"),
+        interleaved(f"{experts}.w13_weight", "e (f x) d", f"{MOE}.experts", "e d f"),
+        Tensor(f"{experts}.w2_weight", "e d f", f"{MOE}.experts.w_down", "e f d"),
+    )
+
+
+def interleaved(theirs: str, axes: str, ours: str, our_axes: str, sizes: tuple[tuple[str, str], ...] = ()) -> Fused:
+    """Return the rule for a tensor whose rows are those of gate and up in turns."""
+    return Fused(theirs, axes, (Part(f"{ours}.w_gate", "", our_axes), Part(f"{ours}.w_up", "", our_axes)), sizes)
+
+
+def wrapped() -> tuple[Fused, ...]:
+    """Return the rules of released files, which are of the multimodal model."""
+    mlp, shared = f"{LLM}.mlp", f"{LLM}.mlp.shared_experts"
+    parts_of_gate = (Part(f"{MOE}.router.w_router", "e", "d e"), Part(SHARED[0][0], "s", "d s"))
+    return (
+        *released(),
+        Tensor(f"{LLM}.attn.q_norm.weight", "h", f"{ATTENTION}.query_norm.scale", "h"),
+        Tensor(f"{LLM}.attn.k_norm.weight", "h", f"{ATTENTION}.key_norm.scale", "h"),
+        Fused(f"{mlp}.gate.weight", "x d", parts_of_gate),
+        Tensor(f"{mlp}.gate.global_scale", "o", f"{MOE}.router.scale", "o"),
+        interleaved(f"{shared}.shared_w13_weight", "s (f x) d", f"{MOE}.shared", "d (s f)", SHARED),
+        Tensor(f"{shared}.shared_w2_weight", "s d f", f"{MOE}.shared.w_down", "(s f) d", sizes=SHARED),
+        interleaved(f"{mlp}.w13_dn.weight", "(f x) d", f"{OURS}.feed_forward", "d f"),
+        Tensor(f"{mlp}.w2_md.weight", "d f", f"{OURS}.feed_forward.w_down", "f d"),
+        Tensor(f"{mlp}.global_scale", "o", f"{OURS}.feed_forward_scale", "o"),
+    )
+
+
 FAMILY = Family(
     model_types=("inkling_text", "inkling_mm_model"),
     architecture="InklingForCausalLM",
     spec=spec,
-    tensors=tensors(),
-    kept=("model.mtp.*", "*vision_tower.*", "*audio_tower.*", "model.visual.*", "model.audio.*"),
+    tensors=(*tensors(), *wrapped()),
+    kept=("*.mtp.*", "*vision_tower.*", "*audio_tower.*", "model.visual.*", "model.audio.*"),
     config=config,
     harmless=(
         "audio_config",
