@@ -26,7 +26,9 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent / "support"))
 import fixtures
 
-COMPUTED = re.compile("self_attn.(slope_rate|(query|key|diagonal)_decay)$")  # buffers, computed where files lack them
+COMPUTED = re.compile(  # buffers, computed where files lack them
+    r"self_attn.(slope_rate|(query|key|diagonal)_decay)$|ple_embedding\.(layer_multipliers|ngram_heads_(vocab_sizes|offsets))$"
+)
 TOLERANCE = 5e-4  # a correct float32 implementation is 1e-5 to 2e-4 away, a wrong detail above 1e-2
 
 

@@ -143,5 +143,15 @@ def test_a_designed_model_is_exported_with_the_end_token_of_its_tokenizer_only(t
     assert (opened.generation.end_tokens, opened.config.model.vocab) == ((2,), 260)
 
 
+def test_a_token_on_which_the_computation_depends_stays(tmp_path: Path) -> None:
+    """Qwen4's n-grams end at the first end token."""
+    base = write_checkpoint("qwen4_exp_text", tmp_path / "base")
+    own = HuggingFaceTokenizer(str(write_tokenizer(tmp_path / "own", vocab_size=40)))
+    exported(run_of(base, own, tmp_path / "run"), tmp_path / "out")
+    assert fields(tmp_path / "out", "config.json")["eos_token_id"] == [5, 7]
+    assert fields(tmp_path / "out", "generation_config.json")["eos_token_id"] == own.end_of_text != 5
+    assert open_model(tmp_path / "out").config.model == open_model(base).config.model
+
+
 def test_a_model_trained_on_ids_says_that_it_has_no_tokenizer(tmp_path: Path) -> None:
     assert "no tokenizer was written, since the run used token ids only" in designed(TokenIds(260), tmp_path / "out")

@@ -12,6 +12,8 @@ from moezoo.core.data.tokenizer_files import tokenizer_files
 from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TokenIds, Tokenizer
 from moezoo.core.errors import TokenizerError
 from moezoo.core.files import make_folder, read_bounded, write_atomically
+from moezoo.core.huggingface.family import family_of
+from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import read_json_object
 from moezoo.core.huggingface.layout import CONFIG, Layout
 
@@ -30,15 +32,20 @@ class ExportedTokenizer:
     special_tokens: Mapping[str, int | None]
 
     def write(self, folder: Path) -> None:
-        """Write the files into a folder, and the special tokens into its config.json and generation_config.json."""
+        """Write the files into a folder, and the special tokens into its config.json and generation_config.json.
+
+        A token on which the computation depends stays in config.json.
+        """
         for name, content in self.files.items():
             make_folder((folder / name).parent)
             write_atomically(folder / name, content)
         config = read_json_object(folder / CONFIG)
+        computed = family_of(Fields(config, CONFIG)).computed_tokens
+        tokens = {name: token for name, token in self.special_tokens.items() if name not in computed}
         text = config.get("text_config")
         if isinstance(text, dict):
-            text.update({name: token for name, token in self.special_tokens.items() if name in text})
-        write_atomically(folder / CONFIG, json.dumps(config | dict(self.special_tokens), indent=2) + "\n")
+            text.update({name: token for name, token in tokens.items() if name in text})
+        write_atomically(folder / CONFIG, json.dumps(config | tokens, indent=2) + "\n")
         generation = folder / "generation_config.json"
         settings: dict[str, Any] = read_json_object(generation) if generation.is_file() else {}
         if settings or self.special_tokens["eos_token_id"] is not None:

@@ -57,6 +57,7 @@ class Family:
         later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
         harmless: fields of config.json, besides those of every family, that do not affect the computation.
         architecture: name of the class in transformers, if it is not the model type in camel case.
+        computed_tokens: special tokens of config.json on which the computation depends.
         config: of the inverse of `spec`, which is derived (`inverse.solve`), the part that cannot be: returns fields of
             a config.json for a model designed in moezoo.
     """
@@ -71,6 +72,7 @@ class Family:
     later_layers_kept: bool = False
     harmless: tuple[str, ...] = ()
     architecture: str | None = None
+    computed_tokens: tuple[str, ...] = ()
     config: Callable[[ModelSpec], dict[str, Any]] | None = None
 
     @property

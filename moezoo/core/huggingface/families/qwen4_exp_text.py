@@ -192,6 +192,7 @@ FAMILY = Family(
     # The hash functions follow from the config.
     kept=(*QWEN35.kept, "*.ple_embedding.layer_multipliers", "*.ple_embedding.ngram_heads_*"),
     architecture="Qwen4ExpForCausalLM",
+    computed_tokens=("eos_token_id",),
     config=_config,
     harmless=("mamba_ssm_dtype", "max_position_embeddings", "mtp_*", "number_of_conv_states"),
 )
