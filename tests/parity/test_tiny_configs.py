@@ -7,6 +7,7 @@ tests run every config on both. Of larger configs the built names and shapes are
 of the largest, which no test can build, the table is checked alone.
 """
 
+import re
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -27,6 +28,7 @@ from moezoo.core.reference.optimizer import optimizer_step, zero_state
 from moezoo.core.reference.router_state import updated_state
 from moezoo.core.reference.transformer import forward
 from moezoo.core.runs.init_from import load_resolved_config
+from moezoo.core.spec import HyperConnectionsSpec
 from tests.huggingface.release_configs import RELEASES
 from tests.support.backends_available import require_backend
 from tests.support.covering import COMBINATIONS, COVERING, TINY
@@ -337,9 +339,24 @@ def test_inference_matches_the_reference_where_it_routes_otherwise(pair):
     assert np.max(np.abs(logits - forward(spec, parameters, case.tokens).logits_BTV)) > 1e-6
 
 
+def mixes_copies(case: Case, name: str) -> bool:
+    """True for what mixes streams before the first block: they are copies there, so that its gradient is zero."""
+    return isinstance(case.config.model.residual, HyperConnectionsSpec) and bool(
+        re.search(r"layers\.0\.attention_residual\.(w_mix|b_mix|mix_scale)$", name)
+    )
+
+
+def without_copies(case: Case, values: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    largest = {name: np.max(np.abs(value), initial=0.0) for name, value in values.items()}
+    zero = [size for name, size in largest.items() if mixes_copies(case, name)]
+    assert max(zero, default=0.0) <= 1e-6 * max(largest.values(), default=0.0)
+    return {name: value for name, value in values.items() if not mixes_copies(case, name)}
+
+
 def test_gradients_match_the_reference(pair):
     case, run = case_of(pair[0]), run_of(*pair)
-    assert_all_close(run.gradients, case.reference.gradients, FLOAT32_GRADIENT if case.exact else BFLOAT16_GRADIENT)
+    ours, expected = (without_copies(case, each.gradients) for each in (run, case.reference))
+    assert_all_close(ours, expected, FLOAT32_GRADIENT if case.exact else BFLOAT16_GRADIENT)
 
 
 def test_one_optimizer_step_matches_the_reference(pair):
@@ -347,8 +364,11 @@ def test_one_optimizer_step_matches_the_reference(pair):
     assert_close(run.step_loss, case.reference.step_loss, FLOAT32 if case.exact else BFLOAT16_LOSS)
     if not case.exact:
         return  # the step routes freely, and bfloat16 otherwise than the reference
-    assert_all_close(run.moments, case.reference.moments, FLOAT32_GRADIENT)
+    moments = [without_copies(case, each.moments) for each in (run, case.reference)]
+    assert_all_close(*moments, FLOAT32_GRADIENT)
     for name, expected in case.reference.stepped.items():
+        if mixes_copies(case, name):
+            continue
         if f"first_moment.{name}" not in case.reference.moments:
             assert_close(run.stepped[name], expected, FLOAT32, name)  # state
             continue
@@ -397,7 +417,7 @@ def path(request) -> Path:
 def test_gradients_match_each_other(path):
     jax, mlx = run_of(path, "jax"), run_of(path, "mlx")
     tolerance = FLOAT32_GRADIENT if case_of(path).exact else BFLOAT16_GRADIENT
-    assert_all_close(jax.gradients, mlx.gradients, tolerance)
+    assert_all_close(*(without_copies(case_of(path), each.gradients) for each in (jax, mlx)), tolerance)
 
 
 @pytest.mark.slow

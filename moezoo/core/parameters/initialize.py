@@ -14,15 +14,26 @@ def initial_weights(spec: ModelSpec, seed: int, *, active_adapters: bool = False
     """Canonical name -> float32 array. The same spec and seed give the same values on every backend.
 
     A parameter's stream depends on its name and the seed only, so adding a part leaves the others as they were.
-    `active_adapters`: no factor of an adapter is zero, as the second ones are at first; for checks of gradients.
+    `active_adapters`: for checks of gradients, no factor of an adapter is zero, as the second ones are at first, and
+    residual streams differ, which begin as copies.
     """
     table = parameter_table(spec)
     if active_adapters:
-        table = tuple(row if row.base is None else replace(row, initializer=_ACTIVE) for row in table)
+        table = tuple(replace(row, initializer=_active(row)) for row in table)
     return {row.name: initial_value(row, seed) for row in table}
 
 
-_ACTIVE = Initializer("uniform", value=0.2)
+_STREAMS = {
+    **dict.fromkeys(("b_read", "b_write", "b_mix"), Initializer("uniform", value=1.0)),
+    **dict.fromkeys(("read_scale", "write_scale", "mix_scale"), Initializer("constant", value=1.0)),
+}
+"""Of hyper-connections."""
+
+
+def _active(row: Parameter) -> Initializer:
+    if row.base is not None:
+        return Initializer("uniform", value=0.2)
+    return _STREAMS.get(row.name.rpartition(".")[2], row.initializer)
 
 
 def initial_value(row: Parameter, seed: int) -> NDArray[np.float32]:
