@@ -56,6 +56,10 @@ def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> ja
                     return jax.nn.silu(gate) * up
                 case "geglu":
                     return jax.nn.gelu(gate, approximate=True) * up
+                case "exact_geglu":
+                    return jax.nn.gelu(gate, approximate=False) * up
+                case "reglu":
+                    return jax.nn.relu(gate) * up
                 case "relu_squared_glu":
                     return jnp.square(jax.nn.relu(gate)) * up
                 case _:

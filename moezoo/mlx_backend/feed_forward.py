@@ -18,7 +18,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.activation import rows_in_turns, sigmoid, swiglu
 
-_NOT_IN_TURNS = {"relu", "relu_squared", "relu_squared_glu", "swiglu"}
+_NOT_IN_TURNS = {"reglu", "relu", "relu_squared", "relu_squared_glu", "swiglu"}
 """Activations without exponentials, which cost less than concatenating parts, and one whose kernel has parts itself."""
 
 
@@ -68,6 +68,10 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
                     return swiglu(gate, up)
                 case "geglu":
                     return _gelu(gate) * up
+                case "exact_geglu":
+                    return nn.gelu(gate) * up
+                case "reglu":
+                    return mx.maximum(gate, 0) * up
                 case "relu_squared_glu":
                     return mx.square(mx.maximum(gate, 0)) * up
                 case _:

@@ -63,7 +63,7 @@ def windows(spec: ModelSpec) -> list[int | None]:
 @pytest.mark.parametrize(
     ("case", "changes", "message"),
     [
-        ("mixtral", {"hidden_act": "gelu"}, 'hidden_act is "gelu"; expected one of silu'),
+        ("mixtral", {"hidden_act": "tanh"}, 'hidden_act is "tanh"; expected one of silu'),
         ("mixtral", {"sliding_window": 0}, "sliding_window is 0; expected an integer of at least 1, or null"),
         ("mixtral", {"num_experts": 8}, "num_experts is 8; expected 7"),
         ("mixtral", {"num_local_experts": 0}, "num_local_experts is 0; expected an integer of at least 1"),
@@ -291,6 +291,8 @@ def test_partial_rotary_factor(case: str, default: float) -> None:
 
 
 def test_squared_relu_is_supported() -> None:
+    for name, kind in (("gelu", "exact_geglu"), ("relu", "reglu")):
+        assert first_moe(spec_of("mixtral", hidden_act=name)).experts.kind == kind
     assert first_moe(spec_of("mixtral", hidden_act="relu2")).experts == GatedFeedForwardSpec(
         kind="relu_squared_glu", hidden_dim=20
     )

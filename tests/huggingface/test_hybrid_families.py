@@ -103,7 +103,7 @@ def test_trinity_uses_rope_only_in_sliding_layers() -> None:
     ("case", "changes", "message"),
     [
         ("granitemoe", {"logits_scaling": 0}, "logits_scaling is 0; expected a number above 0"),
-        ("granitemoe", {"hidden_act": "gelu"}, 'hidden_act is "gelu"; expected one of silu'),
+        ("granitemoe", {"hidden_act": "tanh"}, 'hidden_act is "tanh"; expected one of silu'),
         ("granitemoe", {"num_local_experts": 2}, "router.top_k is 3, but num_experts is 2"),
         (
             "granitemoe_swa",

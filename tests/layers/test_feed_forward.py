@@ -17,6 +17,8 @@ SPECS = {
     "swiglu": SWIGLU,
     "swiglu, bias": GatedFeedForwardSpec(hidden_dim=F, bias=True),
     "geglu": GatedFeedForwardSpec(kind="geglu", hidden_dim=F),
+    "exact_geglu": GatedFeedForwardSpec(kind="exact_geglu", hidden_dim=F),
+    "reglu": GatedFeedForwardSpec(kind="reglu", hidden_dim=F),
     "relu_squared_glu": GatedFeedForwardSpec(kind="relu_squared_glu", hidden_dim=F),
     "clamped_swiglu": CLAMPED,
     "clamped_swiglu, no bias": ClampedSwiGLUSpec(hidden_dim=F, limit=1.5, alpha=1.0, up_offset=0.0, bias=False),
@@ -117,6 +119,8 @@ def test_activations_are_their_formulas_also_far_from_zero():
     up = np.array([-2.0, 0.0, 3.0])
     assert activate(SPECS["relu"], None, up).tolist() == [0, 0, 3]
     assert activate(SPECS["relu_squared"], None, up).tolist() == [0, 0, 9]
+    assert activate(SPECS["reglu"], up, np.array([5.0, 5.0, 5.0])).tolist() == [0, 0, 15]
+    assert_close(activate(SPECS["exact_geglu"], np.array(values), np.full(5, 2.0)), [2 * x for x in exact], FLOAT64)
     assert activate(SPECS["relu_squared_glu"], up, np.array([5.0, 5.0, 5.0])).tolist() == [0, 0, 45]
 
 

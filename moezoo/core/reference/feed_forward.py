@@ -47,7 +47,8 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
 
     | kind | result |
     |---|---|
-    | swiglu, geglu, relu_squared_glu | `f(gate) * up` with f silu, gelu, relu squared |
+    | swiglu, geglu, exact_geglu, reglu | `f(gate) * up` with f silu, gelu, exact_gelu, relu |
+    | relu_squared_glu | `relu(gate)^2 * up` |
     | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + up_offset)`, gate <= `limit`, up in [-`limit`, `limit`] |
     | softcapped_swiglu | `cap(gate) * sigmoid(gate) * cap(up)` with `cap(x) = c tanh(x / c)`, each with its own c |
     | relu, gelu, relu_squared | `f(up)` |
@@ -59,6 +60,10 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
                     return silu(gate) * up
                 case "geglu":
                     return gelu(gate) * up
+                case "exact_geglu":
+                    return exact_gelu(gate) * up
+                case "reglu":
+                    return relu(gate) * up
                 case "relu_squared_glu":
                     return relu(gate) ** 2 * up
                 case _:

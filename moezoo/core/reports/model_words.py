@@ -56,6 +56,8 @@ from moezoo.core.spec import (
 _FEED_FORWARDS = {
     "swiglu": "SwiGLU",
     "geglu": "GeGLU",
+    "exact_geglu": "exact GeGLU",
+    "reglu": "ReGLU",
     "relu_squared_glu": "ReLU-squared GLU",
     "clamped_swiglu": "clamped SwiGLU",
     "softcapped_swiglu": "softcapped SwiGLU",

@@ -10,11 +10,11 @@ from moezoo.core.spec.base import Part, default_kind
 class GatedFeedForwardSpec(Part):
     """Gated feed-forward of width F: `(f(x w_gate) * (x w_up)) w_down`. Source: Shazeer 2020, arXiv 2002.05202.
 
-    f is SiLU (`swiglu`), GELU in its tanh approximation (`geglu`), or squared ReLU (`relu_squared_glu`; So et al. 2021,
-    arXiv 2109.08668).
+    f is SiLU (`swiglu`), GELU in its tanh approximation (`geglu`) or by erf (`exact_geglu`), ReLU (`reglu`), or squared
+    ReLU (`relu_squared_glu`; So et al. 2021, arXiv 2109.08668).
     """
 
-    kind: Literal["swiglu", "geglu", "relu_squared_glu"] = "swiglu"
+    kind: Literal["swiglu", "geglu", "exact_geglu", "reglu", "relu_squared_glu"] = "swiglu"
     hidden_dim: PositiveInt
     bias: bool = False
 

@@ -159,6 +159,8 @@ def test_head(head, words):
         ({"kind": "relu", "hidden_dim": 8}, "ReLU 8"),
         ({"kind": "relu_squared", "hidden_dim": 8}, "ReLU-squared 8"),
         ({"kind": "relu_squared_glu", "hidden_dim": 8}, "ReLU-squared GLU 8"),
+        ({"kind": "exact_geglu", "hidden_dim": 8}, "exact GeGLU 8"),
+        ({"kind": "reglu", "hidden_dim": 8}, "ReGLU 8"),
         ({"kind": "clamped_swiglu", "hidden_dim": 8}, "clamped SwiGLU 8"),
         ({"kind": "clamped_swiglu", "hidden_dim": 8, "bias": False}, "clamped SwiGLU 8 without biases"),
     ],

@@ -67,6 +67,8 @@ def swiglu(
         "swish": "swiglu",
         "gelu_pytorch_tanh": "geglu",
         "gelu_new": "geglu",
+        "gelu": "exact_geglu",
+        "relu": "reglu",
         "relu2": "relu_squared_glu",
     }
     return GatedFeedForwardSpec(kind=fields.choice(name, kinds, default), hidden_dim=hidden_dim, bias=bias)
