@@ -63,6 +63,12 @@ VARIANTS: dict[str, tuple[tuple[str, int, int], str, Listed, tuple[str, ...]]] =
 # Fixtures and the options that mlx-lm has no implementation of; None removes a field.
 CASES: dict[str, dict[str, Any]] = {
     "afmoe": {},
+    "bailing_hybrid": {
+        "architectures": ["BailingMoeV3ForCausalLM"],
+        "head_dim": 64,
+        "moe_shared_expert_intermediate_size": 64,
+        "num_hidden_layers": 3,  # mlx-lm has full attention in layers after the last whole group
+    },
     "dbrx": {},
     "deepseek_v2": {},
     "deepseek_v3": {},
@@ -87,6 +93,15 @@ CASES: dict[str, dict[str, Any]] = {
     },
     "hunyuan_v1_moe": {"model_type": "hunyuan", "head_dim": None, "attention_head_dim": None},
     "jamba": {"expert_layer_offset": 1, "expert_layer_period": 2, "mamba_expand": 2},
+    "kimi_linear": {
+        "head_dim": 8,
+        "linear_attn_config": {
+            **{"full_attn_layers": [3], "kda_layers": [1, 2, 4]},
+            **{"num_heads": 2, "head_dim": 64, "short_conv_kernel_size": 3},
+        },
+        "model_max_length": 128,
+        "rms_norm_eps": 1e-6,  # which is that of the latent's norm in any case, but not for mlx-lm
+    },
     "laguna": {},
     "lfm2_moe": {},
     "llama4": {},

@@ -206,6 +206,18 @@ def in_their_dtypes(name: str, shape: tuple[int, ...]) -> list[tuple[str, tuple[
     return [(name, shape, "I64" if name.endswith("tid2eid") else "F32")]
 
 
+def as_ling_is_released(shapes: Shapes) -> Shapes:
+    """Name the output of linear attention `o_proj`: transformers 5.23 saves it as `dense`, and opens both."""
+    linear = {name.removesuffix("A_log") for name in shapes if name.endswith(".A_log")}
+    both = {f"{layer}dense.weight": f"{layer}o_proj.weight" for layer in linear}
+    return {both.get(name, name): shape for name, shape in shapes.items()}
+
+
+def as_kimi_linear_is_released(shapes: Shapes) -> Shapes:
+    """Name dense feed-forwards `mlp`: transformers 5.23 saves them as `block_sparse_moe`, and opens both."""
+    return {re.sub(r"block_sparse_moe\.(gate|up|down)_proj", r"mlp.\1_proj", name): shapes[name] for name in shapes}
+
+
 def in_dtype(dtype: str) -> Storage:
     """Store all tensors in one dtype."""
     return lambda name, shape: [(name, shape, dtype)]

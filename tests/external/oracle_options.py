@@ -23,6 +23,7 @@ from oracle_families import (
     ARIA,
     AXK1,
     AXK2,
+    BAILING_HYBRID,
     COHERE2_MOE,
     DEEPSEEK_V3,
     DELTA,
@@ -37,6 +38,7 @@ from oracle_families import (
     HUNYUAN,
     HY_V3,
     HYBRID,
+    KIMI_LINEAR,
     LAGUNA,
     LLAMA4,
     MISTRAL4,
@@ -765,4 +767,36 @@ add(
         }
     },
     **QWEN3_MOE,
+)
+add(
+    "kimi_linear_query_rank",
+    "kinds by default: full attention in layer 4; queries of low rank, biases, no groups, weights not divided",
+    **KIMI_LINEAR
+    | dict(
+        num_hidden_layers=5,
+        linear_attn_config=...,
+        linear_num_heads=2,
+        linear_head_dim=8,
+        q_lora_rank=20,
+        attention_bias=True,
+        num_expert_group=1,
+        topk_group=1,
+        moe_renormalize=False,
+        first_k_dense_replace=...,
+    ),
+)
+add(
+    "bailing_hybrid_softplus",
+    "decays without a floor, biases, no groups and no yarn; full attention in every second layer",
+    **BAILING_HYBRID
+    | dict(
+        layer_group_size=2,
+        kda_safe_gate=False,
+        attention_bias=True,
+        n_group=1,
+        topk_group=1,
+        norm_topk_prob=False,
+        rope_scaling=None,
+        num_nextn_predict_layers=0,
+    ),
 )

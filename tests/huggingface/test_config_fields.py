@@ -41,7 +41,12 @@ IDLE = {
     "layer_norm_eps": ("cohere2_moe_sigmoid",),
     "norm_topk_prob": ("cohere2_moe",),
     "prefix_dense_sliding_window_pattern": ("cohere2_moe_sigmoid",),
-    "topk_group": ("dots1_plain", "glm4_moe", "glm_moe_dsa", "hy_v4", "nemotron_h"),
+    "head_dim": ("bailing_hybrid*",),  # overridden by linear_head_dim
+    "kda_lower_bound": ("bailing_hybrid_softplus",),
+    "topk_group": (
+        *("bailing_hybrid_softplus", "dots1_plain", "glm4_moe", "glm_moe_dsa", "hy_v4", "kimi_linear_query_rank"),
+        "nemotron_h",
+    ),
     "position_embedding_type": ("granitemoehybrid",),
     "attn_layer_period": ("jamba",),
     "use_double_wide_mlp": ("gemma4*",),

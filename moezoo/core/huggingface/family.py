@@ -25,6 +25,7 @@ class MlxLM:
         floats: patterns of modules that it cannot quantize: their matrix is a plain array there.
         eight_bits: patterns of modules, besides routers, that it quantizes with 8 bits unless asked for others.
         config: returns fields of config.json that it requires, beyond `parts.older_spellings`.
+        replaces: those of them that replace a value that is there, which says something else to it.
         without: model types of the family that it does not have.
         wrapper: model type of the multimodal wrapper without which it does not have the model.
         refuses: returns why it cannot compute a model of the family, or None if it can.
@@ -34,6 +35,7 @@ class MlxLM:
     floats: tuple[str, ...] = ()
     eight_bits: tuple[str, ...] = ()
     config: Callable[[ModelSpec], dict[str, Any]] | None = None
+    replaces: tuple[str, ...] = ()
     wrapper: str | None = None
     without: tuple[str, ...] = ()
     refuses: Callable[[ModelSpec], str | None] = lambda spec: None

@@ -19,8 +19,8 @@ def mlx_lm_has(family: Family, fields: Fields) -> bool:
 def with_mlx_spellings(family: Family, fields: Fields, spec: ModelSpec) -> dict[str, Any]:
     """Return a config.json with the fields that mlx-lm reads added, to its `text_config` in a wrapper.
 
-    No field is changed or removed, and transformers reads the same model from it. If mlx-lm does not have the family,
-    nothing is added.
+    No field is removed, none changed but those that mean something else to mlx-lm, and transformers reads the same
+    model from it. If mlx-lm does not have the family, nothing is added.
     """
     if not mlx_lm_has(family, fields):
         return dict(fields.raw)
@@ -28,7 +28,7 @@ def with_mlx_spellings(family: Family, fields: Fields, spec: ModelSpec) -> dict[
     text = inner if isinstance(inner, dict) else fields.raw
     required = {} if family.mlx_lm.config is None else family.mlx_lm.config(spec)
     added = text | older_spellings(text)
-    added |= {key: value for key, value in required.items() if key not in added}
+    added |= {key: value for key, value in required.items() if key not in added or key in family.mlx_lm.replaces}
     if text is fields.raw:
         return added
     return fields.raw | {"text_config": added} | ({} if "vocab_size" in fields.raw else {"vocab_size": spec.vocab})

@@ -1,5 +1,6 @@
 """Parts shared by several families: of their config.json, and of their tensor mappings."""
 
+from moezoo.core.huggingface.parts.delta import channel_delta, mlx_convolutions
 from moezoo.core.huggingface.parts.names import (
     LAYER,
     MODEL,
@@ -50,6 +51,7 @@ __all__ = [
     "PRE_NORMS",
     "absorbed",
     "attention",
+    "channel_delta",
     "dense_by_type",
     "dense_layers",
     "experts",
@@ -68,6 +70,7 @@ __all__ = [
     "layer_types",
     "layout",
     "mamba2",
+    "mlx_convolutions",
     "mlx_mamba2",
     "model",
     "older_spellings",

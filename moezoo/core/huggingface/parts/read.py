@@ -18,6 +18,7 @@ from moezoo.core.spec import (
     LayerSpec,
     ModelSpec,
     MoESpec,
+    NoPositionSpec,
     NormSpec,
     PooledBalanceLossSpec,
     PositionSpec,
@@ -106,22 +107,28 @@ def grouped_sigmoid(
     groups: tuple[int, int] = (1, 1),
     renormalize: bool = True,
     scale: float = 1.0,
+    names: Mapping[str, str] = NO_OLDER,
 ) -> MoESpec:
     """Return the MoE layer of DeepSeek-V3, used by several families: sigmoid scores, selection bias, expert groups.
 
     Arguments are the family's field names and defaults: of the experts, of the shared experts, (`n_group`,
-    `topk_group`), `norm_topk_prob`, `routed_scaling_factor`. The bias is trained, as in the paper.
+    `topk_group`), `norm_topk_prob`, `routed_scaling_factor`; `names`: other names of fields. The bias is trained, as in
+    the paper.
     """
+
+    def named(name: str) -> str:
+        return fields.either(names[name], name) if name in names else name
+
     fields.expect("scoring_func", "sigmoid", "noaux_tc")  # "noaux_tc" occurs in files of dots.llm1
     fields.expect("topk_method", "noaux_tc")
     fields.only_in_training("aux_loss_alpha")  # a sequence-wise balance loss, which transformers does not have
     fields.get("seq_aux")
-    count, keep = fields.count("n_group", groups[0]), fields.count("topk_group", groups[1])
+    count, keep = fields.count(named("n_group"), groups[0]), fields.count("topk_group", groups[1])
     choice = GroupedTopKChoiceSpec(num_groups=count, keep=keep, group_value="top2") if count > 1 else TopKChoiceSpec()
-    width, shared = fields.count("moe_intermediate_size"), fields.integer(*num_shared)
-    divided = fields.flag("norm_topk_prob", renormalize)
+    width, shared = fields.count("moe_intermediate_size"), fields.integer(named(num_shared[0]), num_shared[1])
+    divided = fields.flag(named("norm_topk_prob"), renormalize)
     router = RouterSpec(
-        top_k=fields.count("num_experts_per_tok"),
+        top_k=fields.count(named("num_experts_per_tok")),
         score="sigmoid",
         selection_bias=SelectionBiasSpec(),
         choice=choice,
@@ -200,11 +207,11 @@ def layout(fields: Fields) -> Literal["half_split", "interleaved"]:
 
 
 def latent_attention(
-    fields: Fields, position: RoPESpec | None = None, *, queries: int | None = 1536, **options: Any
+    fields: Fields, position: RoPESpec | NoPositionSpec | None = None, *, queries: int | None = 1536, **options: Any
 ) -> LatentAttentionSpec:
     """Return multi-head latent attention from the fields of DeepSeek's configs.
 
-    `position`: RoPE, by default the config's. `queries`: the family's default of `q_lora_rank` (an explicit null means
+    `position`: by default the config's RoPE. `queries`: the family's default of `q_lora_rank` (an explicit null means
     full-rank queries).
     """
     heads = fields.count("num_attention_heads")
