@@ -29,7 +29,10 @@ if TYPE_CHECKING:
     from moezoo.core.parity.report import ParityReport
 
 # Numbers whose default is one or zero, but which are no feature of their own.
-_CONSTANTS = {"beta_slow", "low_frequency_factor", "loss_coefficient", "repeat", "num_experts", "coefficient"}
+_CONSTANTS = {
+    *("beta_slow", "low_frequency_factor", "loss_coefficient", "repeat", "num_experts", "coefficient"),
+    "unused",  # ids of a padded vocabulary, which a tokenizer here never has
+}
 _SIZES = {"model.vocab_size"}
 
 
