@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import moezoo
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from tests.support.fixtures import drawn_tensors, read_fixture, write_safetensors
 
@@ -89,3 +90,35 @@ def test_text_model_in_a_multimodal_wrapper_has_the_same_weights(model: str, hea
     wrapper = written(tmp_path / "wrapper", outer, inside | seen)
     assert_same(wrapper, written(tmp_path / "files", config, tensors))
     assert open_checkpoint(wrapper).ledger.counts() == {"mapped": len(tensors), "kept": 2}
+
+
+@pytest.mark.parametrize(
+    ("case", "outer", "text", "projector"),
+    [
+        ("deepseek_v3", "kimi_vl", {}, "multi_modal_projector.linear_1.weight"),
+        ("deepseek_v3", "kimi_k25", {"model_type": "kimi_k2"}, "mm_projector.proj.0.weight"),
+        ("kimi_linear", "kimi_k25", {}, "mm_projector.proj.0.weight"),
+    ],
+)
+def test_kimi_inside_its_wrapper_computes_the_text_and_keeps_the_tower(
+    case: str, outer: str, text: dict, projector: str, tmp_path: Path
+) -> None:
+    fixture = read_fixture(case)
+    config, tensors = fixture.description["hub_config"], drawn_tensors(fixture.description)
+    tower = {name: ("F32", np.ones((4, 4), np.float32)) for name in ("vision_tower.patch_embed.proj.weight", projector)}
+    whole = {
+        "model_type": outer,
+        "text_config": config | text,
+        "vision_config": {"hidden_size": 4},
+        **{"ignore_index": -100, "media_placeholder_token_id": 9, "use_unified_vision_chunk": True},
+        **{"video_placeholder": "<|video|>", "projection_hidden_size": 4, "projection_layer_norm_eps": 1e-5},
+    }
+    inside = {f"language_model.{name}": value for name, value in tensors.items()}
+    model = moezoo.load(written(tmp_path / "wrapper", whole, inside | tower), backend="mlx")
+    ids = fixture.expected["input_ids"].astype(np.int32)
+    assert np.abs(model.forward(ids).logits - fixture.expected["logits"]).max() < 5e-5
+    found = model.generate(ids[:1], max_new_tokens=4, temperature=0.0)
+    np.testing.assert_array_equal(found, fixture.expected["greedy"][:1, :4])
+    model.save(tmp_path / "saved", format="huggingface")
+    saved = open_checkpoint(tmp_path / "saved").ledger
+    assert {entry.name for entry in saved.entries if entry.status == "kept"} == set(tower)

@@ -91,6 +91,8 @@ _OUTER_HARMLESS = (
     "*projector*",
     "alignment_intermediate_size",  # of Cohere's projector, as the next one
     "downsample_factor",
+    "ignore_index",  # of Kimi-VL and Kimi-K2.5, as the next one
+    "projection_*",
     "boa_*",
     "boi_*",
     "eoa_*",

@@ -33,7 +33,7 @@ FAMILY = Family(
     ),
     mlx=(*parts.switch(), *parts.absorbed()),
     mlx_lm=MlxLM(floats=("*.mlp.gate",)),
-    kept=("*.rotary_emb.inv_freq",),
+    kept=("*.rotary_emb.inv_freq", *parts.VISION),
     later_layers_kept=True,
     harmless=(
         "head_dim",

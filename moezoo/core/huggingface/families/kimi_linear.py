@@ -133,6 +133,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx_lm=MlxLM(config=mlx_config),
+    kept=parts.VISION,
     later_layers_kept=True,
     harmless=(
         *("head_dim", "max_position_embeddings", "model_max_length", "qk_head_dim"),

@@ -6,6 +6,8 @@ from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 
 LAYER = "model.layers.{layer}"
 OURS = "layers.{layer}"
+VISION = ("*vision_tower.*", "*mm_projector.*", "*multi_modal_projector.*")
+"""Tensors of a vision tower around a text model, kept verbatim."""
 
 # Embedding, final norm, head (files of a tied model may have a copy of the embedding), and the two norms of a layer.
 MODEL: tuple[Fused, ...] = (
