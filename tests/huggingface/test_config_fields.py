@@ -182,3 +182,10 @@ def test_an_absent_field_has_the_default_of_transformers(model_type: str) -> Non
             if read(whole) != without:
                 differing.append(f"{name} {json.dumps(whole.get(name))}")
     assert not differing, f"other default than in transformers: {'; '.join(differing)}"
+
+
+def test_the_class_of_a_family_is_that_of_transformers() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    ours = {family.name: family.causal_class for family in families().values()}
+    assert {name: known for name, known in ours.items() if CLASSES.get(name, known) != known} == {}

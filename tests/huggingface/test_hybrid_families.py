@@ -8,6 +8,7 @@ import pytest
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import family_of
 from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.mlx_config import with_mlx_spellings
 from moezoo.core.spec import (
     GatedDeltaAttentionSpec,
     GatedFeedForwardSpec,
@@ -212,3 +213,13 @@ def test_a_layer_of_jetmoe_is_two_of_one_router_each() -> None:
     assert not spec_of("jetmoe", aux_loss_coef=0.0).moes[0][1].losses
     with pytest.raises(SpecError, match="num_attention_heads is 3; expected 6"):
         spec_of("jetmoe", num_attention_heads=3)
+
+
+def test_jamba_for_mlx_lm_says_where_its_experts_are() -> None:
+    raw = read_fixture("jamba").description["hub_config"]
+    names = ("expert_layer_offset", "expert_layer_period", "mamba_expand")
+    fields = Fields({name: value for name, value in raw.items() if name not in names}, "config.json")
+    family = family_of(fields)
+    spec = family.spec_of(Fields(raw, "config.json"))
+    written = with_mlx_spellings(family, fields, spec)
+    assert family.spec_of(Fields(written, "config.json")) == spec

@@ -139,9 +139,10 @@ def _comparable(spec: ModelSpec) -> ModelSpec:
 
 
 def _nearest(wanted: ModelSpec, ranked: Sequence[Candidate]) -> Solution:
-    """Return the solution with the fewest differences, of the families that lack the least."""
-    tried = [solve(each.family, wanted, {}) for each in ranked[:_MOST_NEAREST]]
-    return min(tried, key=lambda solution: (solution.problem is not None, len(solution.differences)))
+    """Return the nearest solution, of the families that may compute the model and of those that lack the least."""
+    possible = sum(each.possible for each in ranked)
+    tried = [solve(each.family, wanted, {}) for each in ranked[: possible + _MOST_NEAREST]]
+    return min(tried, key=lambda solution: solution.distance)
 
 
 def _obstacles(solution: Solution) -> str:

@@ -58,7 +58,7 @@ class Family:
         may_lack: a part of the spec, by its field's name, that published files lack if no name has this ending.
         later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
         harmless: fields of config.json, besides those of every family, that do not affect the computation.
-        architecture: name of the class in transformers, if it is not the model type in camel case.
+        architecture: name of the class in transformers, if it is not the model type, without `_text`, in camel case.
         computed_tokens: special tokens of config.json on which the computation depends.
         config: of the inverse of `spec`, which is derived (`inverse.solve`), the part that cannot be: returns fields of
             a config.json for a model designed in moezoo.
@@ -80,7 +80,7 @@ class Family:
     @property
     def causal_class(self) -> str:
         """Name of the class in transformers that computes the model: `architectures` of a config.json."""
-        camel = "".join(word[:1].upper() + word[1:] for word in self.name.split("_"))
+        camel = "".join(word[:1].upper() + word[1:] for word in self.name.removesuffix("_text").split("_"))
         return self.architecture or f"{camel}ForCausalLM"
 
     @property

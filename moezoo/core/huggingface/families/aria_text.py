@@ -36,6 +36,7 @@ _THEIRS, _OURS = f"{LAYER}.mlp.experts", f"{OURS}.moe.experts"
 
 FAMILY = Family(
     model_types=("aria_text", "aria", "aria_moe_lm"),
+    architecture="AriaTextForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

@@ -1,5 +1,7 @@
 """DBRX. Source: Mosaic Research 2024 (the announcement of DBRX); transformers, `dbrx`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
@@ -12,6 +14,7 @@ from moezoo.core.spec import (
     ModelSpec,
     MoESpec,
     PooledBalanceLossSpec,
+    RoPESpec,
     RouterSpec,
 )
 
@@ -75,6 +78,13 @@ def _moe(fields: Fields) -> MoESpec:
     return moe
 
 
+def config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the base of RoPE where transformers and mlx-lm require it, beside the one that is read."""
+    attention = spec.layers[0].attention
+    position = attention.position if isinstance(attention, GroupedQueryAttentionSpec) else None
+    return {"attn_config": {"rope_theta": position.base}} if isinstance(position, RoPESpec) else {}
+
+
 BLOCK = "transformer.blocks.{layer}"
 EXPERTS = f"{BLOCK}.ffn.experts.mlp"
 EXPERT = f"{BLOCK}.ffn.experts.{{expert}}"
@@ -109,5 +119,6 @@ FAMILY = Family(
         Tensor(f"{EXPERT}.w2.weight", "d f", f"{OURS}.moe.experts.w_down", "e f d"),
     ),
     kept=("*.rotary_emb.inv_freq",),
+    config=config,
     harmless=("max_seq_len",),
 )

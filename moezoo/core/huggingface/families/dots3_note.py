@@ -150,7 +150,6 @@ def config(spec: ModelSpec) -> dict[str, Any]:
 
 FAMILY = Family(
     model_types=("dots3_note_text", "dots3_note"),
-    architecture="Dots3NoteForCausalLM",
     spec=spec,
     tensors=(
         *deepseek_v32.FAMILY.tensors,

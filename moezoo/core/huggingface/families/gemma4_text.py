@@ -183,7 +183,6 @@ def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
 
 FAMILY = Family(
     model_types=("gemma4_text",),
-    architecture="Gemma4ForCausalLM",
     spec=spec,
     tensors=parts.exported(
         (

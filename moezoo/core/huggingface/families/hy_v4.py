@@ -106,6 +106,7 @@ _SHARED, _DENSE = (f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"), (f"{LAY
 
 FAMILY = Family(
     model_types=("hy_v4",),
+    architecture="HYV4ForCausalLM",
     spec=spec,
     tensors=parts.exported(
         (

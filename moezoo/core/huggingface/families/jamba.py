@@ -1,9 +1,10 @@
 """Jamba. Source: Lieber et al. 2024, arXiv 2403.19887; transformers, `jamba`."""
 
 import math
+from typing import Any
 
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
@@ -55,6 +56,17 @@ def _mamba(fields: Fields) -> MambaSpec:
         conv_bias=fields.flag("mamba_conv_bias", True),
         bias=fields.flag("mamba_proj_bias", False),
     )
+
+
+def mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return fields of config.json that mlx-lm has no defaults for."""
+    routes = list(spec.moe_layers)
+    mamba = next((each.attention for each in spec.layers if isinstance(each.attention, MambaSpec)), None)
+    found = {} if mamba is None else {"mamba_expand": mamba.inner_dim // spec.embed_dim}
+    if routes:
+        period = routes[1] - routes[0] if routes[1:] else len(spec.all_layers)
+        found |= {"expert_layer_offset": routes[0], "expert_layer_period": period}
+    return found
 
 
 MAMBA, OWN, BLOCK = f"{LAYER}.mamba", f"{OURS}.attention", f"{LAYER}.feed_forward"
@@ -110,6 +122,7 @@ FAMILY = Family(
         *beside(f"{OWN}.log_decay_rate", "f z", [Tensor(CONVOLUTION.theirs, "f w 1", f"{OWN}.conv", "w f")]),
         *parts.switch(f"{BLOCK}.switch_mlp"),
     ),
+    mlx_lm=MlxLM(config=mlx_config),
     harmless=(
         *("max_position_embeddings", "num_logits_to_keep", "use_mamba_kernels", "use_mambapy"),
         *("use_associative_scan", "calc_logits_for_entire_prompt"),

@@ -65,6 +65,7 @@ KEYS = ((f"{OWN}.w_key", "d m h"),)
 
 FAMILY = Family(
     model_types=("jetmoe",),
+    architecture="JetMoeForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

@@ -91,7 +91,6 @@ _OURS = f"{OURS}.moe.experts"
 
 FAMILY = Family(
     model_types=("llama4_text", "llama4"),
-    architecture="Llama4ForCausalLM",
     spec=spec,
     tensors=(
         *parts.MODEL,

@@ -93,6 +93,7 @@ _LIGHTNING_RULES = (
 
 FAMILY = Family(
     model_types=("minimax",),
+    architecture="MiniMaxForCausalLM",
     spec=spec,
     tensors=parts.exported(
         (

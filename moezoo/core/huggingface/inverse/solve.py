@@ -49,6 +49,7 @@ class Solution:
     config: dict[str, Any]
     differences: list[Difference]
     problem: str | None = None
+    distance: Distance = _IMPOSSIBLE
 
     @property
     def exact(self) -> bool:
@@ -64,7 +65,7 @@ def solve(family: Family, wanted: ModelSpec, start: Mapping[str, Any]) -> Soluti
     best = search.run()
     if best.leaves is None:
         return Solution(family, best.config, [], best.problem)
-    return Solution(family, search.complete(best), differences(best.leaves, search.wanted))
+    return Solution(family, search.complete(best), differences(best.leaves, search.wanted), distance=best.cost)
 
 
 @dataclass(frozen=True)
