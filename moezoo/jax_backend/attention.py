@@ -59,7 +59,7 @@ def attend(
         score = softcap * jnp.tanh(score / softcap)
     if bias_BNTS is not None:
         score = score + bias_BNTS.reshape(score.shape)
-    score = jnp.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -jnp.inf)
+    score = jnp.where((mask_TS[:, None] if mask_TS.ndim == 3 else mask_TS)[..., None, :, :], score, -jnp.inf)
     # Subtracting the largest score only guards against overflow; it cancels, and so does its gradient.
     largest = lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
     total: jax.Array | float = 0.0

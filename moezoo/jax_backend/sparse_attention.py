@@ -64,6 +64,8 @@ class BlockIndexer(nnx.Module):
         dtype, x_BTD = x_BTD.dtype, lax.stop_gradient(x_BTD)
         query_BTNH = self.query_norm(projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query[...].astype(dtype)))
         key_BTH = projection.einsum("BTD,DH->BTH", x_BTD, self.w_key[...].astype(dtype))
+        if self.spec.pooled == "scores":
+            key_BTH = self._rotated(self.key_norm(key_BTH)[:, :, None], position_T)[:, :, 0]
         if isinstance(cache, IndexedCache):
             cache, key_BTH = cache.with_index(key_BTH)
         return (self._rotated(query_BTNH, position_T), key_BTH), cache
@@ -76,8 +78,10 @@ class BlockIndexer(nnx.Module):
         mask_TS: jax.Array,
         documents: Documents | None,
     ) -> jax.Array:
-        """Return which of the unmasked tokens these queries choose, by the keys of tokens: bool [B, T, S]."""
-        key_BSH = self.block_keys(index[1], position_S, documents)
+        """Return which of the unmasked tokens these queries choose, by the keys of tokens: as `choose_blocks`."""
+        key_BSH = index[1]
+        if self.spec.pooled == "keys":
+            key_BSH = self.block_keys(key_BSH, position_S, documents)
         mask_TS = within_documents(mask_TS, documents)
         return choose_blocks(self.spec, index[0], key_BSH, position_T, position_S, mask_TS)
 
@@ -108,6 +112,8 @@ def choose_blocks(
     mask_TS: jax.Array,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.sparse_attention.choose_blocks; padding, at negative positions, sees all of it."""
+    if spec.pooled == "scores":
+        return choose_highest_blocks(spec, query_BTNH, key_BSH, position_T, position_S, mask_TS)
     size = spec.block_size
     weight_BTN = jnp.full(query_BTNH.shape[:3], 1 / math.sqrt(spec.head_dim), jnp.float32)
     ends_TS = mask_TS & (position_S % size == size - 1)[..., None, :]
@@ -118,6 +124,34 @@ def choose_blocks(
     complete_T1 = ((position_T + 1) // size * size)[..., None]
     behind_TS = (position_S[..., None, :] >= complete_T1) | (position_T < 0)[..., None]
     return mask_TS & (chosen_BTS | behind_TS)
+
+
+def choose_highest_blocks(
+    spec: BlockIndexerSpec,
+    query_BTMH: jax.Array,
+    key_BSH: jax.Array,
+    position_T: jax.Array,
+    position_S: jax.Array,
+    mask_TS: jax.Array,
+) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.choose_highest_blocks."""
+    size, (batch, length) = spec.block_size, key_BSH.shape[:2]
+    score_BMTS = jnp.einsum("BTMH,BSH->BMTS", query_BTMH, key_BSH, preferred_element_type=jnp.float32)
+    score_BMTS = lax.stop_gradient(score_BMTS)
+    first_BS = jnp.broadcast_to(jnp.maximum(jnp.arange(length) - position_S % size, 0), (batch, length))
+    near_TS = position_T[..., :, None] // size - position_S[..., None, :] // size < spec.local_blocks
+    score_BMTS = jnp.where(_by_head(near_TS), jnp.inf, score_BMTS)
+    score_BSMT = jnp.moveaxis(jnp.where(_by_head(mask_TS), score_BMTS, -jnp.inf), 3, 1)
+    block_BSMT = jnp.full_like(score_BSMT, -jnp.inf).at[jnp.arange(batch)[:, None], first_BS].max(score_BSMT)
+    block_BMTS = jnp.moveaxis(block_BSMT, 1, 3)
+    chosen_BMTS = choose_sources(block_BMTS, block_BMTS > -jnp.inf, spec.top_k)
+    first_BMTS = jnp.broadcast_to(first_BS[:, None, None], chosen_BMTS.shape)
+    return _by_head(mask_TS) & jnp.take_along_axis(chosen_BMTS, first_BMTS, axis=-1)
+
+
+def _by_head(mask_TS: jax.Array) -> jax.Array:
+    """Return a mask [T, S], or one for each sequence, with an axis for heads."""
+    return mask_TS if mask_TS.ndim == 2 else mask_TS[:, None]
 
 
 def head_rotation(position: RoPESpec, head_dim: int) -> tuple[RoPESpec, int]:

@@ -64,7 +64,7 @@ def attend(
     if bias_BNTS is not None:
         score = score + bias_BNTS.reshape(score.shape)
     if mask_TS is not None:
-        score = mx.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -mx.inf)
+        score = mx.where((mask_TS[:, None] if mask_TS.ndim == 3 else mask_TS)[..., None, :, :], score, -mx.inf)
     if sink_N is not None:
         sink_BMGT1 = mx.broadcast_to(_sink_logits(sink_N, kv_heads), (*score.shape[:-1], 1))
         score = mx.concatenate([score, sink_BMGT1], axis=-1)

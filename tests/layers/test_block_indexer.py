@@ -33,23 +33,52 @@ VALUES = {
 X_BTD = normal(0, B, T, D)
 
 
-def layer_of(twin: Twin):
-    return twin.module("attention").GroupedQueryAttention(SPEC, twin.weights(VALUES), 0)
+SCORED = SPEC.model_copy(
+    update={"indexer": INDEXER.model_copy(update={"num_heads": M, "pooled": "scores", "local_blocks": 1})}
+)
+SCORED_VALUES = VALUES | {"indexer.w_query": normal(5, D, M, W)}
+KINDS = {"keys": (SPEC, VALUES), "scores": (SCORED, SCORED_VALUES)}
+pooled = pytest.mark.parametrize("pooled", KINDS)
 
 
-def out(documents=None):
-    return lambda values, x_BTD: grouped_query_attention(SPEC, values, x_BTD, documents=documents).out_BTD
+def layer_of(twin: Twin, pooled):
+    spec, values = KINDS[pooled]
+    return twin.module("attention").GroupedQueryAttention(spec, twin.weights(values), 0)
 
 
-def chosen(x_BTD, documents=None):
+def out(pooled="keys", documents=None):
+    spec = KINDS[pooled][0]
+    return lambda values, x_BTD: grouped_query_attention(spec, values, x_BTD, documents=documents).out_BTD
+
+
+def chosen(x_BTD, documents=None, spec=SPEC, values=VALUES):
     position = np.arange(x_BTD.shape[1]) if documents is None else documents.position_BT
-    query, key = block_indexer(INDEXER, SPEC.position, H, INDEX, x_BTD, position, documents)
-    mask = within_documents(visible(SPEC, position, position), documents)
-    return choose_blocks(INDEXER, query, key, position, position, mask)
+    own = {name.removeprefix("indexer."): value for name, value in values.items() if name.startswith("indexer.")}
+    query, key = block_indexer(spec.indexer, spec.position, H, own, x_BTD, position, documents)
+    mask = within_documents(visible(spec, position, position), documents)
+    return choose_blocks(spec.indexer, query, key, position, position, mask)
 
 
-def test_value_and_gradients_match_the_reference(twin):
-    assert_layer_matches(twin, layer_of(twin), lambda layer, x: layer(x).out_BTD, out(), VALUES, X_BTD)
+@pooled
+def test_value_and_gradients_match_the_reference(twin, pooled):
+    values = KINDS[pooled][1]
+    assert_layer_matches(twin, layer_of(twin, pooled), lambda layer, x: layer(x).out_BTD, out(pooled), values, X_BTD)
+
+
+@pytest.mark.parametrize("local", [0, 1, 2])
+def test_each_head_chooses_the_blocks_of_the_highest_scores(local):
+    indexer = SCORED.indexer.model_copy(update={"local_blocks": local})
+    spec = SCORED.model_copy(update={"indexer": indexer})
+    own = {name.removeprefix("indexer."): value for name, value in SCORED_VALUES.items()}
+    query, key = block_indexer(indexer, spec.position, H, own, X_BTD, np.arange(T))
+    found = chosen(X_BTD, spec=spec, values=SCORED_VALUES)
+    for t in range(T):
+        for head in range(M):
+            scores = key[0, : t + 1] @ query[0, t, head]
+            best = {c: scores[c * SIZE : (c + 1) * SIZE].max() for c in range(t // SIZE + 1)}
+            best |= dict.fromkeys(range(max(t // SIZE - local + 1, 0), t // SIZE + 1), np.inf)
+            blocks = sorted(best, key=best.__getitem__)[-TOP_K:]
+            assert set(np.flatnonzero(found[0, head, t])) == {s for s in range(t + 1) if s // SIZE in blocks}
 
 
 def test_whole_blocks_are_chosen_and_the_tokens_behind_them():
@@ -73,27 +102,31 @@ def test_the_key_of_a_block_is_the_mean_of_its_tokens_rotated_as_the_first():
     assert_close(key_BTH[:, 5], np.concatenate([rotated, mean[:, 4:]], axis=-1), FLOAT32)
 
 
-def test_documents_have_blocks_of_their_own(twin):
+@pooled
+def test_documents_have_blocks_of_their_own(twin, pooled):
     document_BT = np.array([[0] * 5 + [1] * 9, [0] * 14, [0] * 2 + [1] * 12])
     documents = packed_documents(document_BT)
-    assert_close(chosen(X_BTD, documents)[0, 5:, 5:], chosen(X_BTD[:1, 5:])[0], EXACT)
+    spec, values = KINDS[pooled]
+    both = chosen(X_BTD, documents, spec, values)[0, ..., 5:, 5:]
+    assert_close(both, chosen(X_BTD[:1, 5:], None, spec, values)[0], EXACT)
     ours = twin.module("positions").packed_documents(twin.array(document_BT))
-    found = twin.compiled(layer_of(twin))(twin.array(X_BTD), documents=ours).out_BTD
-    assert_close(twin.numpy(found), out(documents)(VALUES, X_BTD), FLOAT32)
+    found = twin.compiled(layer_of(twin, pooled))(twin.array(X_BTD), documents=ours).out_BTD
+    assert_close(twin.numpy(found), out(pooled, documents)(values, X_BTD), FLOAT32)
 
 
-def test_cached_parts_equal_the_uncached_pass_also_behind_padding(twin):
+@pooled
+def test_cached_parts_equal_the_uncached_pass_also_behind_padding(twin, pooled):
     zeros = [twin.array(np.zeros((B, T, *shape))) for shape in ((M, H), (M, H), (W,))]
     empty = twin.array(np.array(0, np.int32)) if twin.name == "jax" else 0
     cache, first, start, found = twin.module("kv_cache").IndexedCache(*zeros, empty), np.array([0, 4, 1]), 0, []
-    layer = twin.compiled(layer_of(twin))
+    layer = twin.compiled(layer_of(twin, pooled))
     for part in (5, 1, 1, 7):
         attended = layer(twin.array(X_BTD[:, start : start + part]), cache, first_B=twin.array(first))
         cache, start = attended.cache, start + part
         found.append(twin.numpy(attended.out_BTD))
     for row, begin in enumerate(first):
         own = slice(row, row + 1), slice(begin, None)
-        assert_close(np.concatenate(found, axis=1)[own], out()(VALUES, X_BTD[own]), FLOAT32)
+        assert_close(np.concatenate(found, axis=1)[own], out(pooled)(KINDS[pooled][1], X_BTD[own]), FLOAT32)
 
 
 @pytest.mark.parametrize("changed", [{"w_query": 3.0}, {"w_key": 0.2}])

@@ -116,8 +116,10 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
             most = attention.window if attention.chunk is None else attention.chunk
             index, indexer = Fraction(0), attention.indexer
             if indexer is not None:
-                most = (indexer.top_k + 1) * indexer.block_size - 1
-                index = 2 * indexer.num_heads * indexer.head_dim * _visible(length, None) / indexer.block_size
+                index = 2 * indexer.num_heads * indexer.head_dim * _visible(length, None)
+                most = indexer.top_k * indexer.block_size
+                if indexer.pooled == "keys":
+                    index, most = index / indexer.block_size, most + indexer.block_size - 1
             scores = 2 * heads * (width + value_width) * _visible(length, most, in_chunks=attention.chunk is not None)
             if attention.relative is not None:
                 near = min(attention.relative.extent, length if most is None else most)

@@ -49,7 +49,7 @@ def attend(
         query_BTMGH: N = M * G query heads, grouped by the key/value head that they share.
         key_BSMH, value_BSMH: M heads; the head width of values and of the result may differ from that of queries.
         mask_TS: bool, True where query t may attend to source s; at least one True per row. [B, T, S]: one mask per
-            sequence.
+            sequence; [B, M, T, S]: and per group of heads.
         scale: multiplies the scores; None means `1 / sqrt(H)`.
         softcap: scores become `softcap * tanh(score / softcap)`, after the scale and before the mask.
         sink_N: attention sinks: one logit per head that joins the softmax denominator and carries no value: a weight is
@@ -68,7 +68,8 @@ def attend(
         score = softcap * np.tanh(score / softcap)
     if bias_BNTS is not None:
         score = score + bias_BNTS.reshape(score.shape)
-    score = np.where(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None, None], score, -np.inf)
+    mask_TS = mask_TS[:, None] if mask_TS.ndim == 3 else mask_TS
+    score = np.where(mask_TS[..., None, :, :], score, -np.inf)
     largest = np.max(score, axis=-1, keepdims=True)
     total = 0.0
     if sink_N is not None:
@@ -218,7 +219,7 @@ def _mask(
     position_T: Array,
     documents: Documents | None,
 ) -> Array:
-    """Return what each query may attend to: [T, S] or [B, T, S]."""
+    """Return what each query may attend to: [T, S], [B, T, S] or [B, M, T, S]."""
     mask_TS = within_documents(visible(spec, position_T, position_T), documents)
     if spec.indexer is None:
         return mask_TS

@@ -66,8 +66,8 @@ def block_indexer(
 ) -> tuple[Array, Array]:
     """Return the queries of N index heads, and at each token the key of the block of tokens that ends there.
 
-    A key is the normalized mean of its tokens' projections, rotated at the place of the first of them. Gradients stop
-    at the inputs.
+    A key is the normalized mean of its tokens' projections, rotated at the place of the first of them; with
+    `pooled: scores` it is the token's own, rotated at its place. Gradients stop at the inputs.
 
     Args:
         spec: N `num_heads` of width H, and `block_size`.
@@ -79,22 +79,24 @@ def block_indexer(
         documents: those of packed sequences, whose blocks begin anew.
 
     Returns:
-        [B, T, N, H] and [B, T, H]; the key is of no use where no block ends.
+        [B, T, N, H] and [B, T, H]; a mean is of no use where no block ends.
 
-    Source: Qwen Team 2026; transformers 5.23, `Qwen4ExpTextQSAIndexer`.
+    Source: Qwen Team 2026; transformers 5.23, `Qwen4ExpTextQSAIndexer`; and `MiniMaxM3VLIndexer`.
     """
     x_BTD = getval(x_BTD)
     query_BTNH = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_query"])
     query_BTNH = normalize(spec.norm, inside(parameters, "query_norm"), query_BTNH)
     key_BTH = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_key"])
-    mean_BTH = sum(causal_windows(key_BTH, spec.block_size, documents)) / spec.block_size
-    key_BTH = normalize(spec.norm, inside(parameters, "key_norm"), mean_BTH)
+    place_T = position_T
+    if spec.pooled == "keys":
+        key_BTH = sum(causal_windows(key_BTH, spec.block_size, documents)) / spec.block_size
+        place_T = np.maximum(position_T - spec.block_size + 1, 0)
+    key_BTH = normalize(spec.norm, inside(parameters, "key_norm"), key_BTH)
     match position:
         case RoPESpec():
             own, rotated = head_rotation(position, head_dim)
             query_BTNH = rotate_first(own, rotated, query_BTNH, position_T)
-            first_T = np.maximum(position_T - spec.block_size + 1, 0)
-            key_BTH = rotate_first(own, rotated, key_BTH[:, :, None], first_T)[:, :, 0]
+            key_BTH = rotate_first(own, rotated, key_BTH[:, :, None], place_T)[:, :, 0]
         case NoPositionSpec():
             pass
     return query_BTNH, key_BTH
@@ -112,6 +114,8 @@ def choose_blocks(
 ) -> Array:
     """Return the tokens that each query attends to: of the chosen blocks, and behind the last complete one.
 
+    With `pooled: scores`, as `choose_highest_blocks` does.
+
     Args:
         spec: `top_k` of its blocks have the highest `index`, at equal weights `1 / sqrt(H)`.
         query_BTNH, key_BSH: as `block_indexer` returns them.
@@ -119,8 +123,10 @@ def choose_blocks(
         mask_TS: bool, the causal mask; or one for each sequence, [B, T, S].
 
     Returns:
-        bool [B, T, S].
+        bool [B, T, S]; with `pooled: scores` [B, M, T, S].
     """
+    if spec.pooled == "scores":
+        return choose_highest_blocks(spec, query_BTNH, key_BSH, position_T, position_S, mask_TS)
     size = spec.block_size
     weight_BTN = np.full(query_BTNH.shape[:3], 1 / np.sqrt(spec.head_dim))
     ends_TS = mask_TS & (position_S % size == size - 1)[..., None, :]
@@ -130,6 +136,36 @@ def choose_blocks(
     chosen_BTS = np.take_along_axis(chosen_BTS, np.broadcast_to(end, (len(query_BTNH), *end.shape[-2:])), axis=-1)
     complete_T1 = ((position_T + 1) // size * size)[..., None]
     return mask_TS & (chosen_BTS | (position_S[..., None, :] >= complete_T1))
+
+
+def choose_highest_blocks(
+    spec: BlockIndexerSpec, query_BTMH: Array, key_BSH: Array, position_T: Array, position_S: Array, mask_TS: Array
+) -> Array:
+    """Return the tokens of the `top_k` blocks with the highest scores, for each of M index heads: bool [B, M, T, S].
+
+    The score of a block is the largest `query . key` of its unmasked tokens, and infinite for the last `local_blocks`
+    of them, the query's own included. Arguments as for `choose_blocks`.
+
+    Source: MiniMax 2026; transformers 5.23, `MiniMaxM3VLIndexer`.
+    Differs: there blocks are counted from the first slot of a batch, so that padding on the left shifts them.
+    """
+    size, place_S = spec.block_size, np.arange(position_S.shape[-1])
+    score_BMTS = np.einsum("BTMH,BSH->BMTS", getval(query_BTMH), getval(key_BSH))
+    first_BS = np.broadcast_to(np.maximum(place_S - position_S % size, 0), key_BSH.shape[:2])
+    near_TS = position_T[..., :, None] // size - position_S[..., None, :] // size < spec.local_blocks
+    mask_BMTS, near_BMTS = (np.broadcast_to(_by_head(x), score_BMTS.shape) for x in (mask_TS, near_TS))
+    score_BMTS = np.where(mask_BMTS, np.where(near_BMTS, np.inf, score_BMTS), -np.inf)
+    same_BSS = first_BS[:, :, None] == first_BS[:, None, :]
+    block_BMTS = np.max(np.where(same_BSS[:, None, None], score_BMTS[..., None, :], -np.inf), axis=-1)
+    candidate_BMTS = (block_BMTS > -np.inf) & (first_BS == place_S)[:, None, None]
+    chosen_BMTS = choose_sources(block_BMTS, candidate_BMTS, spec.top_k)
+    chosen_BMTS = np.take_along_axis(chosen_BMTS, np.broadcast_to(first_BS[:, None, None], score_BMTS.shape), axis=-1)
+    return mask_BMTS & chosen_BMTS
+
+
+def _by_head(mask_TS: Array) -> Array:
+    """Return a mask [T, S], or one for each sequence, with an axis for heads."""
+    return mask_TS if mask_TS.ndim == 2 else mask_TS[:, None]
 
 
 def rotate_first(position: RoPESpec, rope_head_dim: int, x_BTNH: Array, position_T: Array) -> Array:

@@ -9,6 +9,7 @@ from moezoo.core.spec import (
     AttentionSpec,
     BlockAttentionResidualSpec,
     BlockFactorsSpec,
+    BlockIndexerSpec,
     CapacitySpec,
     CompressedAttentionSpec,
     CompressionSpec,
@@ -282,10 +283,7 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         ("sinks", spec.sinks),
         (f"{spec.gate} {'' if spec.gate_function == 'sigmoid' else 'softplus '}gate", spec.gate is not None),
         ("gate bias", spec.gate_bias),
-        (
-            "" if spec.indexer is None else f"indexer top {spec.indexer.top_k} blocks of {spec.indexer.block_size}",
-            spec.indexer is not None,
-        ),
+        ("" if spec.indexer is None else _indexer(spec.indexer), spec.indexer is not None),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"scale {spec.scale}", spec.scale is not None),
         ("" if spec.relative is None else _relative(spec.relative), spec.relative is not None),
@@ -307,6 +305,11 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
 
 def _head_convolution(spec: HeadConvolutionSpec | None) -> str:
     return "" if spec is None else f"convolutions of {spec.conv_width} and {spec.mix_width}"
+
+
+def _indexer(spec: BlockIndexerSpec) -> str:
+    per_head = " for each key/value head" if spec.pooled == "scores" else ""
+    return f"indexer top {spec.top_k} blocks of {spec.block_size}{per_head}"
 
 
 def _relative(spec: RelativePositionSpec) -> str:

@@ -66,7 +66,8 @@ class GroupedQueryAttentionSpec(Part):
     of that earlier layer (index from 0, repeats expanded), and this layer has no key or value projections and no cache
     (Gemma 3n, 4; Brandon et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and values mix those of the last
     tokens, before any norm. `key_temperature`: keys, after norm and rotation, are multiplied by a learned number per
-    head (both: ZAYA1). `indexer`: a query attends to the blocks of tokens that it chooses (Qwen4).
+    head (both: ZAYA1). `indexer`: a query attends to the blocks of tokens that it chooses (Qwen4,
+    MiniMax-M3).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -204,6 +205,13 @@ class GroupedQueryAttentionSpec(Part):
                 "indexer.head_dim",
                 f"is {self.indexer.head_dim}, but {rotated} features are rotated",
                 f"Use at least {rotated}",
+            )
+        if self.indexer.pooled == "scores" and self.indexer.num_heads != self.num_kv_heads:
+            raise impossible(
+                "indexer.num_heads",
+                f"is {self.indexer.num_heads}, but with pooled: scores each chooses for one of num_kv_heads = "
+                f"{self.num_kv_heads}",
+                f"Use {self.num_kv_heads}",
             )
 
 

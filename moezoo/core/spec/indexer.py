@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from moezoo.core.spec.base import Part
+from moezoo.core.spec.base import Part, impossible
 from moezoo.core.spec.norms import LayerNormSpec, NormSpec, RMSNormSpec
 
 
@@ -37,6 +37,11 @@ class BlockIndexerSpec(Part):
     token. Its index is `sum over index heads of relu(q_h . key)`, of queries that are normalized and rotated too. The
     selection has no gradient, and nothing trains the indexer: the published code has no loss for it. Source: Qwen Team
     2026 (Qwen4; transformers 5.23, `Qwen4ExpTextQSAIndexer`), after DeepSeek-AI 2025 (DeepSeek-V3.2-Exp).
+
+    With `pooled: scores` each token has a key, normalized and rotated at its own place; each index head selects for
+    the query heads of one key/value head, and the index of a block is the largest `q . key` of those of its tokens that
+    the query may see. The query's own block takes part, and is selected first, as the last of `local_blocks`. Source:
+    MiniMax 2026 (MiniMax-M3; transformers 5.23, `MiniMaxM3VLIndexer`).
     """
 
     num_heads: PositiveInt
@@ -44,3 +49,19 @@ class BlockIndexerSpec(Part):
     top_k: PositiveInt
     block_size: PositiveInt
     norm: NormSpec = RMSNormSpec()
+    pooled: Literal["keys", "scores"] = "keys"
+    local_blocks: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _local(self) -> "BlockIndexerSpec":
+        if self.local_blocks and self.pooled == "keys":
+            raise impossible(
+                "local_blocks",
+                "is set, but with pooled: keys the tokens behind the last complete block are always attended to",
+                "Use pooled: scores, or remove local_blocks",
+            )
+        if self.local_blocks > self.top_k:
+            raise impossible(
+                "local_blocks", f"is {self.local_blocks}, but only top_k = {self.top_k} blocks are chosen", "Use fewer"
+            )
+        return self

@@ -23,7 +23,7 @@ def attend_fused(
     scale: float,
     sink_N: mx.array | None,
 ) -> mx.array:
-    """Attend without a softcap; `mask_TS` [T, S], one mask per row [B, T, S], or None: every key.
+    """Attend without a softcap; `mask_TS` [T, S], one mask per row [B, T, S] and group [B, M, T, S], or None.
 
     On x86, `x86` computes it, except with one mask per row (prompts of unequal length) and for few scores, where
     fewer operations are faster.
@@ -33,8 +33,8 @@ def attend_fused(
     if mx.default_device() == mx.Device(mx.cpu):
         # Trap: without a kernel the scores would be rounded to the dtype of the inputs.
         query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
-    if mask_TS is not None and mask_TS.ndim == 3:
-        mask_TS = mask_TS[:, None]
+    if mask_TS is not None and mask_TS.ndim > 2:
+        mask_TS = mask_TS[:, None] if mask_TS.ndim == 3 else mx.repeat(mask_TS, group, axis=1)
     elif pays(batch * kv_heads * group * length * key_BSMH.shape[1]):
         whole = Chunk(0, length, 0, key_BSMH.shape[1], mask_TS)
         return attend_in_chunks(query_BTMGH, key_BSMH, value_BSMH, [whole], scale, sink_N).astype(dtype)

@@ -119,6 +119,10 @@ def spec_of(layer=None, **fields):
             {"indexer": {"num_heads": 2, "head_dim": 6, "top_k": 5, "block_size": 3}},
             "4 heads of 6, 2 key/value, RoPE 10,000, indexer top 5 blocks of 3",
         ),
+        (
+            {"indexer": {"num_heads": 2, "head_dim": 6, "top_k": 5, "block_size": 3, "pooled": "scores"}},
+            "4 heads of 6, 2 key/value, RoPE 10,000, indexer top 5 blocks of 3 for each key/value head",
+        ),
         ({"kind": "none"}, "no attention"),
         (MAMBA2, "Mamba-2, 4 heads of 5, state of 3, convolution of 4"),
         (

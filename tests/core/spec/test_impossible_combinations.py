@@ -23,6 +23,7 @@ MODULES = (
     "spec.adapter",
     "spec.attention",
     "spec.compressed_attention",
+    "spec.indexer",
     "spec.layer",
     "spec.model",
     "spec.moe",
@@ -259,6 +260,20 @@ CASES = {
     "an indexer of blocks with too few features to rotate": (
         attention(indexer=BLOCKS),
         f"{ATTENTION}.indexer.head_dim is 4, but 6 features are rotated (x.yaml). Use at least 6.",
+    ),
+    "another number of index heads than of key/value heads": (
+        attention(indexer=BLOCKS | {"num_heads": 3, "head_dim": 6, "pooled": "scores"}),
+        f"{ATTENTION}.indexer.num_heads is 3, but with pooled: scores each chooses for one of num_kv_heads = 2 "
+        "(x.yaml). Use 2.",
+    ),
+    "local blocks of mean keys": (
+        attention(indexer=BLOCKS | {"local_blocks": 1}),
+        f"{ATTENTION}.indexer.local_blocks is set, but with pooled: keys the tokens behind the last complete block are "
+        "always attended to (x.yaml). Use pooled: scores, or remove local_blocks.",
+    ),
+    "more local blocks than are chosen": (
+        attention(indexer=BLOCKS | {"local_blocks": 3, "pooled": "scores"}),
+        f"{ATTENTION}.indexer.local_blocks is 3, but only top_k = 2 blocks are chosen (x.yaml). Use fewer.",
     ),
     "window and chunk": (
         attention(window=3, chunk=4),
