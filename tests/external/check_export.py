@@ -108,8 +108,8 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] == "longcat_flash" and config.get("zero_expert_num"):
         folder = with_identity_rows(folder, config)
-    mistral4 = config["model_type"] == "mistral4"
-    kind = transformers.Mistral4ForCausalLM if mistral4 else transformers.AutoModelForCausalLM
+    kinds = {"mistral4": "Mistral4ForCausalLM", "minimax_m3_vl": "AutoModelForImageTextToText"}
+    kind = getattr(transformers, kinds.get(config["model_type"], "AutoModelForCausalLM"))
     model, report = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )

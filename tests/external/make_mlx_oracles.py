@@ -109,6 +109,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mellum": {"mlp_layer_types": None},
     "mimo_v2_flash": {"sliding_window_size": 128},  # mlx-lm's windows are one token shorter
     "minimax_m2": {},
+    "minimax_m3_vl": {"dense_intermediate_size": 128, "shared_intermediate_size": 64},
     "mistral4_wrapped": {},
     "mixtral": {"head_dim": None},
     "nemotron_h": {

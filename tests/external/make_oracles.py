@@ -153,6 +153,8 @@ def described(name: str, case: Case) -> dict[str, Any]:
 
 def model_class(config: Any) -> Any:
     """Return the class whose `from_pretrained` loads the language model; mistral4 has no automatic class."""
+    if config.model_type == "minimax_m3_vl":
+        return transformers.AutoModelForImageTextToText
     return transformers.Mistral4ForCausalLM if config.model_type == "mistral4" else transformers.AutoModelForCausalLM
 
 
@@ -400,8 +402,12 @@ class Routings:
 
     def _scale(self, kind: str) -> float:
         """Return the factor that the block, not its router, multiplies the weighted sum of experts by."""
-        name = {"LagunaTopKRouter": "moe_routed_scaling_factor", "BeamTopKRouter": "routed_scaling_factor"}.get(kind)
-        return 1.0 if name is None else float(getattr(self.model.config, name))
+        names = {
+            "BeamTopKRouter": "routed_scaling_factor",
+            "LagunaTopKRouter": "moe_routed_scaling_factor",
+            "MiniMaxM3VLTopKRouter": "routed_scaling_factor",
+        }
+        return float(getattr(self.model.config.get_text_config(), names[kind])) if kind in names else 1.0
 
     def arrays(self) -> dict[str, np.ndarray]:
         """Return layers [M], router logits before scoring [M, T, E], sorted experts, weights [M, T, K]."""

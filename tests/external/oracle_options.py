@@ -41,6 +41,7 @@ from oracle_families import (
     KIMI_LINEAR,
     LAGUNA,
     LLAMA4,
+    MINIMAX_M3,
     MISTRAL4,
     MIXTRAL,
     NEMOTRON,
@@ -799,4 +800,44 @@ add(
         rope_scaling=None,
         num_nextn_predict_layers=0,
     ),
+)
+M3_TEXT = MINIMAX_M3 | dict(
+    num_hidden_layers=2,
+    moe_layer_freq=[1, 0],
+    sparse_attention_config=...,
+    layer_types=["minimax_m3_sparse", "full_attention"],
+    index_n_heads=1,
+    num_key_value_heads=1,
+    index_head_dim=6,
+    index_block_size=3,
+    index_topk_blocks=4,
+    index_local_blocks=2,
+    partial_rotary_factor=...,
+    rotary_dim=4,
+    rope_parameters={"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+    rope_theta=...,
+    head_dim=8,
+    tie_word_embeddings=...,
+)
+add(
+    "minimax_m3_vl",
+    "inside the multimodal wrapper, with the released names; one key/value head, two local blocks, dense layer last",
+    **{key: ... for key in COMMON if key != "tie_word_embeddings"},
+    model_type="minimax_m3_vl",
+    text_config={
+        key: value
+        for key, value in (COMMON | {"dtype": "float32"} | M3_TEXT).items()
+        if value is not ... and key != "torch_dtype"
+    },
+    vision_config={
+        "model_type": "minimax_m3_vl_vision",
+        "hidden_size": 24,
+        "intermediate_size": 32,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "patch_size": 4,
+        "image_size": 16,
+    },
+    projector_hidden_size=24,
+    tie_word_embeddings=False,
 )

@@ -68,6 +68,7 @@ IDLE = {
         "aria",
         "gemma4",
         "llama4",
+        "minimax_m3_vl",
         "mistral4_wrapped",
         "qwen3_5_moe",
         "qwen4_exp",

@@ -89,10 +89,11 @@ def test_a_model_that_no_family_computes_names_the_nearest() -> None:
         assert path in found.obstacles
 
 
-# Fixtures whose files have another layout than an export: codes, fused experts, no bias, or names not of the hub.
+# Fixtures whose files have another layout than an export: codes, fused experts, no bias, or names not of the hub, or
+# of a wrapper only.
 OTHER_LAYOUT = (
     *("axk1_no_bias", "bailing_hybrid_softplus", "gpt_oss_mxfp4", "kimi_linear_query_rank", "qwen3_moe_fused"),
-    "qwen3_moe_mixed",
+    *("minimax_m3_vl", "qwen3_moe_mixed"),
 )
 
 

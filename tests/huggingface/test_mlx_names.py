@@ -44,7 +44,7 @@ def ledger_of(case: str, folder: Path) -> Ledger:
     shapes = {name: tuple(shape) for pattern, shape in CASES[case]["tensors"] for name in expanded(pattern)}
     description = describe_config(folder / "config.json").in_layout(shapes)
     assert description.rules == description.family.mlx_tensors
-    assert "zero_centred" not in description.spec.model_dump_json()
+    assert description.family.mlx_lm.zero_centred == ("zero_centred" in description.spec.model_dump_json())
     readable = {name: Readable("BF16", shape, (name,)) for name, shape in shapes.items()}
     stored = {name: ("model.safetensors", "BF16", shape) for name, shape in shapes.items()}
     return make_ledger(description.family, description.rules, description.spec, readable, stored, "names")

@@ -49,7 +49,7 @@ class Target:
     Fields:
         layout: names and transforms.
         config: content of config.json.
-        spec: the model; in mlx-lm's layout norms that are zero-centred elsewhere have their scale plus one.
+        spec: the model; in mlx-lm's layout most norms that are zero-centred elsewhere have their scale plus one.
         placed: the rule of each tensor.
         dtypes: of floats, scales and biases, by tensor.
         formats: of the tensors that are quantized.
@@ -97,7 +97,7 @@ def make_target(
     config = _mlx_config(family, fields, description.spec) if layout == "mlx" else _text_config(fields)
     read = Fields(config, f"{fields.where} in the layout of {layout}", fields.max_length)
     spec = family.spec_of(read)
-    if layout == "mlx":
+    if layout == "mlx" and not family.mlx_lm.zero_centred:
         spec = with_learned_norms(spec)
     _check_same(spec, description.spec, layout)
     rules = family.mlx_tensors if layout == "mlx" else family.tensors

@@ -91,6 +91,7 @@ _OUTER_HARMLESS = (
     "*projector*",
     "alignment_intermediate_size",  # of Cohere's projector, as the next one
     "downsample_factor",
+    "merged_hidden_size",  # of MiniMax-M3's projector
     "ignore_index",  # of Kimi-VL and Kimi-K2.5, as the next one
     "projection_*",
     "boa_*",

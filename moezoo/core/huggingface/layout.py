@@ -58,14 +58,15 @@ class Description:
     def in_layout(self, names: Collection[str]) -> "Description":
         """Return the description of files with tensors of these names.
 
-        In mlx-lm's layout a zero-centred norm has its scale plus one: it is a learned one. What mlx-lm drops, or what
-        the published files may lack, is no part of the model if its tensors are not there.
+        In mlx-lm's layout a zero-centred norm has its scale plus one: it is a learned one, in most families. What
+        mlx-lm drops, or what the published files may lack, is no part of the model if its tensors are not there.
         """
         if not self.family.has_mlx_names(names):
             optional = self.family.may_lack
             there = optional is None or any(name.endswith(optional[1]) for name in names)
             return self if there or optional is None else replace(self, spec=_without(self.spec, optional[0]))
-        spec, drops, lacks = with_learned_norms(self.spec), self.family.mlx_lm.drops, None
+        spec = self.spec if self.family.mlx_lm.zero_centred else with_learned_norms(self.spec)
+        drops, lacks = self.family.mlx_lm.drops, None
         if drops is not None and not any(name.endswith(drops[1]) for name in names):
             lacks = drops[0]
             note = f"these files of mlx-lm lack {lacks}, which it drops; the model is computed without, as there"
