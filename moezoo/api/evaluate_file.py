@@ -39,8 +39,8 @@ def evaluate_file(
     Raises DataError: the file cannot be used, or as `measure`.
     """
     model, documents = loaded.model, loaded.config.data.documents
-    split = whole_file(path, loaded.tokenizer, model.spec.vocab, on_message=on_message, documents=documents)
-    length, batch = scoring_size(loaded.config, model.spec.vocab, split.num_tokens, sequence_length, batch_size)
+    split = whole_file(path, loaded.tokenizer, model.spec.num_logits, on_message=on_message, documents=documents)
+    length, batch = scoring_size(loaded.config, model.spec.num_logits, split.num_tokens, sequence_length, batch_size)
     loaded.check_scoring(split.num_tokens, batch, length)
     return measure(
         model,

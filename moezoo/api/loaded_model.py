@@ -304,12 +304,12 @@ class LoadedModel:
         """
         spec, documents = self.model.spec, "separate" if generate else self.config.data.documents
         if isinstance(data, str | Path | Mapping):
-            data = traced_files(data, self.tokenizer, spec.vocab, documents, on_message=on_message)
+            data = traced_files(data, self.tokenizer, spec.num_logits, documents, on_message=on_message)
         if not data:
             raise DataError("a trace needs data; got none; expected at least one file. Name one.")
         found = list(data) if max_tokens is None else [each.limited(max_tokens) for each in data]
         num_tokens = max(each.split.num_tokens for each in found)
-        length, batch = scoring_size(self.config, spec.vocab, num_tokens, sequence_length, batch_size)
+        length, batch = scoring_size(self.config, spec.num_logits, num_tokens, sequence_length, batch_size)
         self.check_scoring(num_tokens, batch, length)
         if generate:
             self.check_generation(batch, length, generate)

@@ -87,7 +87,7 @@ def _forward(path: Path, backend: str | None, found: "Diagnosis") -> None:
         _, batches = evaluation_batches(
             prepared.validation,
             loaded.tokenizer,
-            spec.vocab,
+            spec.num_logits,
             sequence_length=training.sequence_length,
             batch_size=_WINDOWS,
             max_windows=_WINDOWS,
@@ -96,5 +96,5 @@ def _forward(path: Path, backend: str | None, found: "Diagnosis") -> None:
         tokens, data = next(batches).inputs, "the run's validation data"
     else:
         shape = (_WINDOWS, min(_LENGTH, training.sequence_length))
-        tokens, data = np.random.default_rng(0).integers(0, spec.vocab, shape).astype(np.int32), RANDOM
+        tokens, data = np.random.default_rng(0).integers(0, spec.num_logits, shape).astype(np.int32), RANDOM
     found.add("forward pass", list(forward_findings(spec, loaded.model, tokens, data)))

@@ -16,18 +16,24 @@ def with_vocab_size(config: Config, vocab_size: int, where: str = "config") -> C
 
     A larger size in the config is kept: the rows of the embedding that no token has are padding.
 
-    Raises SpecError: the config has a smaller size.
+    Raises SpecError: the config has a smaller size, or too few ids with logits.
     """
-    configured = config.model.vocab_size
-    if configured is not None and configured < vocab_size:
+    model = config.model
+    if model.vocab_size is None:
+        return config.model_copy(update={"model": sized(model, vocab_size)})
+    if model.num_logits < vocab_size:
+        unused = f" with {model.head.unused} unused ids (model.head.unused)" if model.head.unused else ""
         raise SpecError(
-            f"model.vocab_size is {configured}, but the tokenizer ({config.data.tokenizer.kind}) has "
-            f"{vocab_size} tokens ({where}). Use at least as many, or null to follow the tokenizer."
+            f"model.vocab_size is {model.vocab_size}{unused}, but the tokenizer ({config.data.tokenizer.kind}) has "
+            f"{vocab_size} tokens ({where}). Use at least {vocab_size + model.head.unused}, or null to follow the "
+            "tokenizer."
         )
-    if configured is not None:
-        return config
-    model = config.model.model_copy(update={"vocab_size": vocab_size})
-    return config.model_copy(update={"model": model})
+    return config
+
+
+def sized(spec: ModelSpec, num_tokens: int) -> ModelSpec:
+    """Return the spec with a vocabulary of `num_tokens` that have logits, and the head's unused ids."""
+    return spec.model_copy(update={"vocab_size": num_tokens + spec.head.unused})
 
 
 def spec_with_vocab_size(config: Config, *, assumed_subwords: int = _ASSUMED_SUBWORDS) -> tuple[ModelSpec, str | None]:
@@ -57,4 +63,4 @@ def spec_with_vocab_size(config: Config, *, assumed_subwords: int = _ASSUMED_SUB
             )
         case _:
             assert_never(tokenizer)
-    return spec.model_copy(update={"vocab_size": size}), assumed
+    return sized(spec, size), assumed

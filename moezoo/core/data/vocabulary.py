@@ -1,7 +1,7 @@
 """Vocabulary size of a config's model from the tokenizer or the data, if they are on this machine."""
 
 from moezoo.core.config.run_config import Config
-from moezoo.core.config.vocabulary import spec_with_vocab_size
+from moezoo.core.config.vocabulary import sized, spec_with_vocab_size
 from moezoo.core.data.prepare import tokenizer_on_this_machine
 from moezoo.core.spec import ModelSpec
 
@@ -14,5 +14,5 @@ def spec_with_real_vocab_size(config: Config, where: str = "config") -> tuple[Mo
     if config.model.vocab_size is None and config.data.tokenizer.kind in ("character", "huggingface"):
         tokenizer = tokenizer_on_this_machine(config.data, where)
         if tokenizer is not None:
-            return config.model.model_copy(update={"vocab_size": tokenizer.vocab_size}), None
+            return sized(config.model, tokenizer.vocab_size), None
     return spec_with_vocab_size(config)

@@ -138,7 +138,7 @@ def evaluate(
     count, batches = evaluation_batches(
         split,
         tokenizer,
-        model.spec.vocab,
+        model.spec.num_logits,
         sequence_length=sequence_length,
         batch_size=batch_size,
         max_windows=max_windows,

@@ -6,11 +6,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from moezoo.core.config.run_config import parse_config
+from moezoo.core.config.run_config import load_config, parse_config
+from moezoo.core.config.vocabulary import ASSUMED_CHARACTERS, spec_with_vocab_size, with_vocab_size
 from moezoo.core.data import prepare
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.vocabulary import spec_with_real_vocab_size
-from moezoo.core.errors import TokenizerError
+from moezoo.core.errors import SpecError, TokenizerError
 from tests.huggingface.tiny_tokenizer import write_tokenizer
 from tests.support.fake_network import FakeNetwork
 
@@ -81,3 +82,14 @@ def test_a_damaged_tokenizer_is_an_error_and_not_an_assumption(tmp_path: Path) -
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(TokenizerError, match=r"tokenizer\.json|cannot be loaded"):
         size_of({"kind": "text", "path": "none.txt"}, {"kind": "huggingface", "path": str(tmp_path)})
+
+
+def test_unused_ids_of_the_head_come_after_the_tokens_of_the_tokenizer() -> None:
+    """Tokens below V - unused have logits: a tokenizer's real tokens may not be among the others."""
+    padded = load_config("configs/tiny/top_k.yaml", ["model.head={kind: untied, unused: 3}", "model.vocab_size=null"])
+    model = with_vocab_size(padded, 31).model
+    assert (model.vocab, model.num_logits) == (34, 31)
+    assert spec_with_vocab_size(padded)[0].num_logits == ASSUMED_CHARACTERS
+    given = load_config("configs/tiny/top_k.yaml", ["model.head={kind: untied, unused: 3}", "model.vocab_size=33"])
+    with pytest.raises(SpecError, match=r"is 33 with 3 unused ids \(model.head.unused\).* 31 tokens .*Use at least 34"):
+        with_vocab_size(given, 31)
