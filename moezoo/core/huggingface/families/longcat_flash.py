@@ -29,7 +29,7 @@ def spec(fields: Fields) -> ModelSpec:
     )
     dense = parts.swiglu(fields, fields.count(fields.either("ffn_hidden_size", "intermediate_size")))
     number = fields.count("num_layers")
-    fields.expect("num_hidden_layers", number, 2 * number)
+    fields.expect("num_hidden_layers", 2 * number, number)  # the first is what an export has
     first = LayerSpec(attention=attention, feed_forward=dense, moe=_moe(fields), shortcut=True)
     second = LayerSpec(attention=attention, feed_forward=dense)
     return parts.model(fields, (first, second) * number, norm=parts.rms_norm(fields, 1e-5))
