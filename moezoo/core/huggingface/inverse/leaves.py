@@ -94,10 +94,13 @@ def distance(found: Leaves, wanted: Leaves) -> Distance:
 
 def layer_distances(found: Leaves, wanted: Leaves) -> list[int]:
     """Return how far each layer is from the one that is wanted."""
-    return [
-        sum(_cost(ours.get(path, _NOTHING), theirs.get(path, _NOTHING)) for path in _paths(ours, theirs))
-        for ours, theirs in zip(found.layers, wanted.layers, strict=False)
-    ]
+    costs: dict[tuple[int, int], int] = {}  # of equal layers once
+    for ours, theirs in zip(found.layers, wanted.layers, strict=False):
+        if (pair := (id(ours), id(theirs))) not in costs:
+            costs[pair] = sum(
+                _cost(ours.get(path, _NOTHING), theirs.get(path, _NOTHING)) for path in _paths(ours, theirs)
+            )
+    return [costs[id(ours), id(theirs)] for ours, theirs in zip(found.layers, wanted.layers, strict=False)]
 
 
 def _cost(ours: Any, theirs: Any) -> int:
