@@ -1,7 +1,6 @@
 """The choice. Spec: moezoo.core.reference.choice."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
@@ -32,9 +31,8 @@ class Choice(NamedTuple):
     cutoff_E: mx.array | None
 
 
-@dataclass(frozen=True)
-class RoutingContext:
-    """Spec: moezoo.core.reference.choice.RoutingContext."""
+class RoutingContext(NamedTuple):
+    """Spec: moezoo.core.reference.choice.RoutingContext; a tuple, so that MLX's transforms find its arrays."""
 
     token_P: mx.array | None = None
     previous_PE: mx.array | None = None

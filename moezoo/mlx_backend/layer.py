@@ -1,7 +1,6 @@
 """One layer. Spec: moezoo.core.reference.layer."""
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
@@ -57,8 +56,7 @@ class StepInputs(NamedTuple):
 
     def routing_context(self, index: int, state: "ResidualState", key: mx.array | None) -> RoutingContext:
         """Spec: moezoo.core.reference.layer.StepInputs.routing_context."""
-        return replace(
-            self.given.get(index, NO_CONTEXT),
+        return self.given.get(index, NO_CONTEXT)._replace(
             token_P=self.tokens_BT.reshape(-1),
             previous_PE=state.previous_PE,
             previous_PZ=state.previous_PZ,
