@@ -26,9 +26,9 @@ import numpy as np
 
 from moezoo.bench.case import Case, Work
 from moezoo.bench.machine import cores
-from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.flops import flops_per_token, mean_visible, most_visible
 from moezoo.core.cost.memory import kv_cache_bytes_per_token
-from moezoo.core.cost.parameters import active_experts
+from moezoo.core.cost.parameters import is_routed, used_parameters
 from moezoo.core.parameters import ROLES, Parameter, Role, parameter_table
 from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, TiedHeadSpec
 
@@ -103,19 +103,33 @@ def matrix_products(spec: ModelSpec, tokens: int, roles: Sequence[Role] = ROLES)
     """Yield a product for each weight matrix with one of the roles."""
     for row, times in _used_matrices(spec):
         if row.role in roles:
-            yield Product(round(tokens * times), *_sides(row))
+            inner, columns = _sides(row)
+            if is_routed(row) or times == 1:
+                yield Product(round(tokens * times), inner, columns)
+            elif row.axes[-1] == "embed":  # of the heads that a router chose
+                yield Product(tokens, round(inner * times), columns)
+            else:
+                yield Product(tokens, inner, round(columns * times))
 
 
 def score_products(spec: ModelSpec, tokens: int, length: int) -> Iterator[Product]:
-    """Yield two products for each grouped-query attention: queries x keys, probabilities x values."""
-    mean_visible = (length + 2) // 2
+    """Yield two products for each grouped-query attention: queries x keys, probabilities x values.
+
+    With a router over heads they are of the chosen ones. Relative positions and indexers have one more.
+    """
     for layer in spec.all_layers:
         attention = layer.attention
         if isinstance(attention, GroupedQueryAttentionSpec):
-            limit = attention.window if attention.chunk is None else attention.chunk
-            visible = mean_visible if limit is None else min(mean_visible, limit)
-            yield Product(tokens * attention.num_heads, attention.head_dim, visible)
-            yield Product(tokens * attention.num_heads, visible, attention.value_dim)
+            most, rows = most_visible(attention), round(tokens * attention.num_heads * layer.head_share)
+            visible = round(mean_visible(length, most, in_chunks=attention.chunk is not None))
+            yield Product(rows, attention.head_dim, visible)
+            yield Product(rows, visible, attention.value_dim)
+            if (relative := attention.relative) is not None:
+                near = relative.extent if most is None else min(relative.extent, most)
+                yield Product(rows, relative.dim, round(mean_visible(length, near)))
+            if (indexer := attention.indexer) is not None:
+                every = indexer.block_size if indexer.pooled == "keys" else 1
+                yield Product(tokens * indexer.num_heads, indexer.head_dim, round(mean_visible(length, None) / every))
 
 
 def bytes_per_step(case: Case) -> int:
@@ -123,7 +137,7 @@ def bytes_per_step(case: Case) -> int:
     weights = Fraction(0)
     for row, times in _used_matrices(case.spec):
         share = Fraction(1)  # of the matrix's experts
-        if _is_routed(row):
+        if is_routed(row):
             share -= (1 - min(times / row.shape[0], Fraction(1))) ** case.batch
         weights += share * row.size * _weight_bytes(row, case.bits)
     cache = kv_cache_bytes_per_token(case.spec) * case.batch * (case.context + case.new_tokens // 2)
@@ -135,10 +149,6 @@ def _weight_bytes(row: Parameter, bits: int) -> Fraction:
     return Fraction(width + 1, 8) if bits else Fraction(_FLOAT32_BYTES)  # 64 bits per 64 numbers
 
 
-def _is_routed(row: Parameter) -> bool:
-    return row.role == "routed experts" and ".experts." in row.name
-
-
 def _used_matrices(spec: ModelSpec) -> Iterator[tuple[Parameter, Fraction]]:
     """Yield the table's rows that are factors of matrix products, and the number of products per token."""
     layers = spec.all_layers
@@ -148,17 +158,13 @@ def _used_matrices(spec: ModelSpec) -> Iterator[tuple[Parameter, Fraction]]:
             continue
         if row.role == "embeddings" and row.name != ("embedding.weight" if tied else "head.w_head"):
             continue  # table lookup
-        times = Fraction(1)
-        if _is_routed(row):
-            moe = layers[int(row.name.split(".")[1])].moe
-            assert moe is not None
-            times = active_experts(moe)
-        yield row, times
+        used = used_parameters(row, layers) / row.size
+        yield row, used * row.shape[0] if is_routed(row) else used
 
 
 def _sides(row: Parameter) -> tuple[int, int]:
     """Return input and output width of a matrix with heads merged; for routed experts, of one expert."""
-    shape = row.shape[1:] if _is_routed(row) else row.shape
+    shape = row.shape[1:] if is_routed(row) else row.shape
     if row.axes[-1] == "embed":
         return prod(shape[:-1]), shape[-1]
     return shape[0], prod(shape[1:])

@@ -9,7 +9,7 @@ from moezoo.bench.configs import bench_config, smoke_config, sweep_config
 from moezoo.bench.limit import Limit, bytes_per_step, matrix_products, products, score_products, useful_flops
 from moezoo.core.config.run_config import Config, load_config
 from moezoo.core.config.vocabulary import with_vocab_size
-from moezoo.core.cost.flops import flops_per_token
+from moezoo.core.cost.flops import flops_per_token, most_visible
 from moezoo.core.cost.memory import kv_cache_bytes_per_token
 from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.spec import GroupedQueryAttentionSpec
@@ -35,7 +35,7 @@ def test_products_match_the_flops_of_the_cost_model(path):
     assert matrices == pytest.approx((flops.total - flops.attention_scores) * case.tokens, rel=1e-3)
     assert useful_flops(case) == flops_per_token(config.model, length, training=True).total * case.tokens
     attentions = [layer.attention for layer in config.model.layers]
-    if all(isinstance(each, GroupedQueryAttentionSpec) and not (each.window or each.chunk) for each in attentions):
+    if all(isinstance(each, GroupedQueryAttentionSpec) and most_visible(each) is None for each in attentions):
         scores = sum(product.flops for product in score_products(config.model, case.tokens, length))
         assert scores == pytest.approx(flops.attention_scores * case.tokens, rel=1 / length)
 

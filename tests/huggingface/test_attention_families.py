@@ -179,7 +179,7 @@ def test_gemma_inside_its_wrapper_is_the_same() -> None:
     ("changes", "message"),
     [
         ({"use_bidirectional_attention": "all"}, 'use_bidirectional_attention is "all"; expected false or "vision"'),
-        ({"hidden_activation": "relu"}, 'hidden_activation is "relu"; expected one of silu'),
+        ({"hidden_activation": "mish"}, 'hidden_activation is "mish"; expected one of silu'),
         ({"per_layer_config": {"5": {"sliding_window": 3}}}, "unknown for this family: sliding_window 3"),
         ({"per_layer_config": {"9": {"head_dim": 3}}}, 'unknown for this family: 9 {"head_dim": 3}'),
         (

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import assert_never
 
-from moezoo.core.cost.parameters import active_experts
+from moezoo.core.cost.parameters import used_parameters
 from moezoo.core.parameters import ROLES, Role, parameter_table
 from moezoo.core.spec import (
     AttentionSpec,
@@ -87,14 +87,7 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
     for row in parameter_table(spec):
         if not row.decay:
             continue  # biases, scales and state are not matrices
-        used = Fraction(2 * row.size)
-        if row.role == "routed experts" and ".experts." in row.name:
-            moe = layers[int(row.name.split(".")[1])].moe
-            assert moe is not None
-            used *= active_experts(moe) / moe.num_experts
-        elif row.name.endswith((".attention.w_query", ".attention.w_output")):
-            used *= layers[int(row.name.split(".")[1])].head_share
-        products[row.role] += used
+        products[row.role] += 2 * used_parameters(row, layers)
     scores = sum(
         (layer.head_share * _score_flops(layer.attention, sequence_length, layers) for layer in layers), Fraction(0)
     )
@@ -113,23 +106,25 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
 def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSpec]) -> Fraction:
     match attention:
         case GroupedQueryAttentionSpec(num_heads=heads, head_dim=width, value_dim=value_width):
-            most = attention.window if attention.chunk is None else attention.chunk
+            most = most_visible(attention)
             index, indexer = Fraction(0), attention.indexer
             if indexer is not None:
-                index = 2 * indexer.num_heads * indexer.head_dim * _visible(length, None)
-                most = indexer.top_k * indexer.block_size
-                if indexer.pooled == "keys":
-                    index, most = index / indexer.block_size, most + indexer.block_size - 1
-            scores = 2 * heads * (width + value_width) * _visible(length, most, in_chunks=attention.chunk is not None)
+                index = 2 * indexer.num_heads * indexer.head_dim * mean_visible(length, None)
+                index /= indexer.block_size if indexer.pooled == "keys" else 1
+            scores = (
+                2 * heads * (width + value_width) * mean_visible(length, most, in_chunks=attention.chunk is not None)
+            )
             if attention.relative is not None:
                 near = min(attention.relative.extent, length if most is None else most)
-                index += 2 * heads * attention.relative.dim * _visible(length, near)
+                index += 2 * heads * attention.relative.dim * mean_visible(length, near)
             return scores + index
         case LatentAttentionSpec(num_heads=heads, indexer=indexer):
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
-            chosen = _visible(length, _chosen(attention, layers))
+            chosen = mean_visible(length, _chosen(attention, layers))
             index = (
-                Fraction(0) if indexer is None else 2 * indexer.num_heads * indexer.head_dim * _visible(length, None)
+                Fraction(0)
+                if indexer is None
+                else 2 * indexer.num_heads * indexer.head_dim * mean_visible(length, None)
             )
             return 2 * heads * width * chosen + index
         case CompressedAttentionSpec():
@@ -148,6 +143,14 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
             assert_never(attention)
 
 
+def most_visible(attention: GroupedQueryAttentionSpec) -> int | None:
+    """Return how many positions a query attends to at most; None: all."""
+    if (indexer := attention.indexer) is not None:
+        behind = indexer.block_size - 1 if indexer.pooled == "keys" else 0  # the tokens after the last complete block
+        return indexer.top_k * indexer.block_size + behind
+    return attention.window if attention.chunk is None else attention.chunk
+
+
 def _chosen(attention: LatentAttentionSpec, layers: Sequence[LayerSpec]) -> int | None:
     """Return how many positions a query attends to: of a window, or of an indexer, its own or another's; None: all."""
     if attention.indexer_of_layer is None:
@@ -158,7 +161,7 @@ def _chosen(attention: LatentAttentionSpec, layers: Sequence[LayerSpec]) -> int 
 
 
 def _compressed_score_flops(attention: CompressedAttentionSpec, length: int) -> Fraction:
-    positions, index, compression = _visible(length, attention.window), Fraction(0), attention.compression
+    positions, index, compression = mean_visible(length, attention.window), Fraction(0), attention.compression
     if compression is not None:
         indexer = compression.indexer
         positions += _entries(length, compression.ratio, None if indexer is None else indexer.top_k)
@@ -174,7 +177,7 @@ def _entries(length: int, ratio: int, most: int | None) -> Fraction:
     return Fraction(total, length)
 
 
-def _visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fraction:
+def mean_visible(length: int, most: int | None, *, in_chunks: bool = False) -> Fraction:
     """Return the mean number of visible positions, including the token's own: `(T + 1) / 2` without a limit `most`."""
     if most is None or most >= length:
         return Fraction(length + 1, 2)

@@ -1,11 +1,11 @@
 """Parameter counts by role, total and active. Writing: writings/cost.md."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from moezoo.core.parameters import ROLES, Role, parameter_table
-from moezoo.core.spec import ModelSpec, MoESpec
+from moezoo.core.parameters import ROLES, Parameter, Role, parameter_table
+from moezoo.core.spec import LayerSpec, ModelSpec, MoESpec
 
 
 @dataclass(frozen=True)
@@ -46,19 +46,28 @@ def parameter_counts(spec: ModelSpec) -> ParameterCounts:
     layers = spec.all_layers
     for row in parameter_table(spec):
         total[row.role] += row.size
-        used = Fraction(row.size)
-        if row.role == "routed experts" and ".experts." in row.name:
-            moe = layers[int(row.name.split(".")[1])].moe
-            assert moe is not None
-            used = row.size * active_experts(moe) / moe.num_experts
-        elif row.name.endswith(".ngram_embeddings.weight"):
-            ngrams = layers[int(row.name.split(".")[1])].ngram_embeddings
-            assert ngrams is not None
-            used = Fraction(ngrams.dim)
-        elif row.name.endswith((".attention.w_query", ".attention.w_output")):
-            used *= layers[int(row.name.split(".")[1])].head_share
-        active[row.role] += round(used)
+        active[row.role] += round(used_parameters(row, layers))
     return ParameterCounts(total, active)
+
+
+def used_parameters(row: Parameter, layers: Sequence[LayerSpec]) -> Fraction:
+    """Return how many numbers of a parameter one token uses: of its experts, its n-grams, or its chosen heads."""
+    if is_routed(row):
+        moe = layers[int(row.name.split(".")[1])].moe
+        assert moe is not None
+        return row.size * active_experts(moe) / moe.num_experts
+    if row.name.endswith(".ngram_embeddings.weight"):
+        ngrams = layers[int(row.name.split(".")[1])].ngram_embeddings
+        assert ngrams is not None
+        return Fraction(ngrams.dim)
+    if row.name.endswith((".attention.w_query", ".attention.w_output")):
+        return row.size * layers[int(row.name.split(".")[1])].head_share
+    return Fraction(row.size)
+
+
+def is_routed(row: Parameter) -> bool:
+    """Return True for a parameter that stacks those of the routed experts."""
+    return row.role == "routed experts" and ".experts." in row.name
 
 
 def active_experts(moe: MoESpec) -> Fraction:
