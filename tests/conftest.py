@@ -2,6 +2,7 @@
 
 import gc
 import os
+from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' tolerances are float32's; a GPU would multiply in TF32
 
@@ -21,6 +22,24 @@ import moezoo.mlx_backend  # noqa: F401  loads OpenBLAS, which must come before 
 from moezoo.core.garbage import collect_seldom
 from tests.support.backends_available import require_backend
 from tests.support.twins import Twin
+
+# Of these parts every option is also in a combination, which JAX runs whole in the gate (tests/parity). So one case of
+# each test is enough there on JAX, where compiling the others takes a minute: they run on MLX, and before a release.
+ONE_CASE_ON_JAX = {
+    "test_attention",
+    "test_block_indexer",
+    "test_compressed_attention",
+    "test_convolution",
+    "test_convolutional_attention",
+    "test_delta_attention",
+    "test_experts",
+    "test_generation",
+    "test_kv_cache",
+    "test_latent_attention",
+    "test_moe",
+    "test_sparse_attention",
+}
+_NO_PARAMETERS = SimpleNamespace(id="")
 
 
 @pytest.fixture(scope="session", params=["jax", "mlx"])
@@ -58,6 +77,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A worker must not find them left at the end, nor take some from the other and start their processes once more.
     """
     items.sort(key=lambda item: item.path.parent.name not in ("mesh", "distributed"))
+    seen: set[str] = set()
     for item in items:
+        if item.path.stem in ONE_CASE_ON_JAX and "jax" in getattr(item, "callspec", _NO_PARAMETERS).id.split("-"):
+            test = item.nodeid.partition("[")[0]
+            if test in seen:
+                item.add_marker(pytest.mark.release)
+            seen.add(test)
         if item.path.parent.name == "mesh":
             item.add_marker(pytest.mark.slow)

@@ -48,7 +48,7 @@ ON_JAX = {
     "nemotron_h",
     "qwen3_next",
 }
-DECODED_ON_JAX = {"deepseek_v32", "gemma4_text", "qwen3_next"}
+DECODED_ON_JAX = {"qwen3_next"}
 
 
 def on_each_backend(on_jax: set[str], in_the_gate: set[str]) -> list:

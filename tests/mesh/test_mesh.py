@@ -251,7 +251,6 @@ def test_scan_all_gathers_one_layer_at_a_time(found, job):
 @pytest.mark.parametrize(
     "job",
     [
-        pytest.param(job("answers_mlx", "top_k", MESHES[5]), id="gate"),
         pytest.param(job("answers", "top_k", MESHES[5]), id="unrolled", marks=release),
         pytest.param(job("answers", "top_k", MESHES[19]), id="scanned", marks=release),
         pytest.param(job("answers", "capacity_groups", MESHES[5]), id="capacity_groups", marks=release),
