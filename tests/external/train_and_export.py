@@ -51,7 +51,8 @@ def main() -> int:
 def train_and_export(case: str, out: Path, backend: str, spelling: Literal["hub", "saved", "designed"]) -> None:
     """Write the trained checkpoint of one case, and moezoo's outputs for it."""
     described = read_fixture(case).description["config"]
-    vocab = int(described.get("text_config", described)["vocab_size"])
+    text = described.get("text_config", described)
+    vocab = int(text.get("unpadded_vocab_size", text["vocab_size"]))  # ids that have logits
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / case

@@ -1,7 +1,7 @@
 """The residual stream or streams: what a block reads, and where its output goes.
 
 The layer stack calls `enter` once, `read` and `write` around each block, and `leave` once. Streams are an array with
-axes B, T first; what else they hold is the affair of the variant, as is the connection that `read` hands to `write`.
+axes B, T first; their other axes, and the connection that `read` hands to `write`, depend on the variant.
 """
 
 from typing import Any, assert_never

@@ -154,7 +154,7 @@ def open_model(path: str | Path, max_length: int | None = None, adapter: str | P
         return replace(opened, generation=generation)
     folder = checkpoint_folder(path)
     checkpoint = open_checkpoint(folder, max_length)
-    tokenizer = tokenizer_of_model_folder(checkpoint.path, checkpoint.spec.vocab)
+    tokenizer = tokenizer_of_model_folder(checkpoint.path, checkpoint.spec.num_logits)
     return OpenedModel(
         path=folder,
         config=fine_tuning_config(checkpoint, tokenizer),
@@ -271,13 +271,13 @@ def describe_model(path: str | Path, adapter: str | Path | None = None) -> tuple
         return config.model, config.data.tokenizer
     folder = checkpoint_folder(path, weights=False)
     spec = describe_checkpoint(folder).spec
-    return spec, _tokenizer_spec(folder, spec, tokenizer_of_model_folder(folder, spec.vocab))
+    return spec, _tokenizer_spec(folder, spec, tokenizer_of_model_folder(folder, spec.num_logits))
 
 
 def _tokenizer_spec(folder: Path, spec: ModelSpec, tokenizer: Tokenizer) -> TokenizerSpec:
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return HuggingFaceTokenizerSpec(path=str(folder))
-    return TokenIdsSpec(vocab_size=spec.vocab)
+    return TokenIdsSpec(vocab_size=spec.num_logits)
 
 
 def fine_tuning_config(checkpoint: HuggingFaceCheckpoint, tokenizer: Tokenizer) -> Config:

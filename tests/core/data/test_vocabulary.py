@@ -6,14 +6,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from moezoo.core.config.data import TokenIdsSpec
 from moezoo.core.config.run_config import load_config, parse_config
 from moezoo.core.config.vocabulary import ASSUMED_CHARACTERS, spec_with_vocab_size, with_vocab_size
 from moezoo.core.data import prepare
 from moezoo.core.data.huggingface_tokenizer import HuggingFaceTokenizer
 from moezoo.core.data.vocabulary import spec_with_real_vocab_size
 from moezoo.core.errors import SpecError, TokenizerError
+from moezoo.core.runs.open import describe_model
 from tests.huggingface.tiny_tokenizer import write_tokenizer
 from tests.support.fake_network import FakeNetwork
+from tests.support.fixtures import write_checkpoint
 
 MODEL = """
 model:
@@ -93,3 +96,10 @@ def test_unused_ids_of_the_head_come_after_the_tokens_of_the_tokenizer() -> None
     given = load_config("configs/tiny/top_k.yaml", ["model.head={kind: untied, unused: 3}", "model.vocab_size=33"])
     with pytest.raises(SpecError, match=r"is 33 with 3 unused ids \(model.head.unused\).* 31 tokens .*Use at least 34"):
         with_vocab_size(given, 31)
+
+
+def test_a_checkpoint_without_a_tokenizer_takes_the_ids_that_have_logits(tmp_path: Path) -> None:
+    """So that a fine-tune of a model with unused ids trains on no target without a logit."""
+    spec, tokenizer = describe_model(write_checkpoint("inkling_text", tmp_path / "inkling"))
+    assert spec.head.unused > 0
+    assert tokenizer == TokenIdsSpec(vocab_size=spec.num_logits)
