@@ -1,4 +1,4 @@
-"""Memory of a model whose published files are MXFP4 (gpt-oss) or FP8 (DeepSeek), in codes and decoded; Linux only.
+"""Memory of models whose published files are MXFP4 (gpt-oss) or FP8 (DeepSeek), in codes and decoded; Linux only.
 
     python tests/external/measure_codes.py [FAMILY ...] [--backend jax mlx]
 
@@ -38,6 +38,10 @@ SIZES = {
         **{"kv_lora_rank": 256, "q_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
         **{"qk_head_dim": 96, "head_dim": 32, "num_nextn_predict_layers": 0},
     },
+    "qwen3_moe_fp8_channels": {
+        **{"intermediate_size": 2048, "moe_intermediate_size": 512, "num_local_experts": 64, "head_dim": 64},
+        **{"num_key_value_heads": 4},
+    },
 }
 
 
@@ -56,6 +60,9 @@ def tensors_of(case, config):
         if name.endswith("_blocks"):
             found[name] = ("U8", (*rows, size // 32, 16))
             found[name.replace("_blocks", "_scales")] = ("U8", (*rows, size // 32))
+        elif case.endswith("channels") and name.endswith("_proj.weight"):
+            found[name] = ("F8_E4M3", placed.shape)
+            found[f"{name}_scale"] = ("BF16", (placed.shape[0], 1))
         elif case.endswith("fp8") and name.endswith(("_proj.weight", "_with_mqa.weight")):
             found[name] = ("F8_E4M3", placed.shape)
             found[f"{name}_scale_inv"] = ("F32", tuple(-(-each // 128) for each in placed.shape))
@@ -75,8 +82,9 @@ def write(case, folder):
     tensors, draw = tensors_of(case, config), np.random.default_rng(0)
 
     def array(name, dtype, shape):
-        if name.endswith(("_scales", "_scale_inv")):
-            return np.full(shape, 120, np.uint8) if dtype == "U8" else np.full(shape, 0.01, np.float32)
+        if name.endswith(("_scales", "_scale_inv", "_scale")):
+            known = {"U8": (120, np.uint8), "F32": (0.01, np.float32), "BF16": (0.01, ml_dtypes.bfloat16)}
+            return np.full(shape, *known[dtype])
         if dtype == "U8":
             return draw.integers(0, 256, shape, np.uint8)
         values = np.resize(0.02 * draw.standard_normal(1 << 16, np.float32), shape)

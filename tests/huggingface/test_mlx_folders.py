@@ -110,9 +110,11 @@ def test_codes_decode_to_the_numbers_of_the_reference() -> None:
         np.testing.assert_array_equal(dequantize(weights.stored(name)), weights[name])
 
 
-@pytest.mark.parametrize(("case", "mode"), [("gpt_oss_mxfp4", "mxfp4"), ("deepseek_v3_fp8", "fp8")])
+@pytest.mark.parametrize(
+    ("case", "mode"), [("gpt_oss_mxfp4", "mxfp4"), ("deepseek_v3_fp8", "fp8"), ("qwen3_moe_fp8_channels", "fp8")]
+)
 def test_codes_of_the_layout_of_transformers(case: str, mode: str, tmp_path: Path) -> None:
-    """Interleaved gate and up, one tensor per expert, and scales of blocks, repeated for their rows."""
+    """Interleaved gate and up, one tensor per expert, and scales of blocks and of rows, repeated for their groups."""
     weights = open_checkpoint(write_checkpoint(case, tmp_path)).weights
     found = {name: weights.stored(name) for name in weights}
     coded = {name: weight for name, weight in found.items() if isinstance(weight, QuantizedWeight)}
@@ -138,7 +140,7 @@ def test_round_trip(folder: str, tmp_path: Path) -> None:
             assert (tmp_path / out / name).read_bytes() == (ROOT / folder / name).read_bytes()
 
 
-@pytest.mark.parametrize("source", ["lfm2_moe_5bit", "gpt_oss_mxfp4", "deepseek_v3_fp8"])
+@pytest.mark.parametrize("source", ["lfm2_moe_5bit", "gpt_oss_mxfp4", "deepseek_v3_fp8", "qwen3_moe_fp8_channels"])
 def test_a_model_in_codes_is_saved_without_decoding_them(
     source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

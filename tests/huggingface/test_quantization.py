@@ -8,6 +8,7 @@ import pytest
 from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.codecs import fp8_decode, fp8_encode, fp8_shape, mxfp4_decode, mxfp4_encode, mxfp4_shape
+from moezoo.core.huggingface.export import export_checkpoint
 from tests.support.fixtures import drawn_tensors, read_fixture, write_checkpoint, write_safetensors
 
 PIECE = Path(__file__).parents[1] / "data/huggingface/mxfp4_piece.npz"
@@ -206,7 +207,25 @@ def test_a_folder_with_scales_of_tensors_or_channels_is_opened(config, ending, p
     expected = codes * tensors["model.layers.0.self_attn.q_proj.weight" + ending][1]
     found = np.asarray(opened.weights["layers.0.attention.w_query"])
     np.testing.assert_array_equal(found.reshape(len(found), -1).T, expected)
+    coded = opened.weights.stored("layers.0.attention.w_query")
+    np.testing.assert_array_equal(coded.values(), found)
+    assert opened.weights.decoded_notes() == []
+    export_checkpoint({name: opened.weights.stored(name) for name in opened.weights}, opened.layout, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
     assert opened.layout.ledger.counts()["kept"] == opened.layout.ledger.counts()["scales"]
+
+
+def test_scales_of_columns_are_decoded_when_a_model_is_loaded(tmp_path):
+    case = "qwen3_moe_fp8_channels"
+    folder, tensors = write_checkpoint(case, tmp_path / case), drawn_tensors(read_fixture(case).description)
+    name = "model.layers.0.self_attn.q_proj.weight"
+    columns = tensors[name][1].shape[1]
+    tensors[f"{name}_scale"] = ("F32", 0.01 * np.arange(1, columns + 1, dtype=np.float32)[None])
+    write_safetensors(folder / "model.safetensors", tensors)
+    opened = open_checkpoint(folder)
+    assert isinstance(opened.weights.stored("layers.0.attention.w_query"), np.ndarray)
+    (note,) = opened.weights.decoded_notes()
+    assert "decoded when the model is loaded, since their scales are of columns: layers.0.attention.w_query" in note
 
 
 @pytest.mark.parametrize(

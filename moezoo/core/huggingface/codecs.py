@@ -66,13 +66,12 @@ def _blocks_of(codes: Shape) -> Shape:
 
 def _is_broad(codes: Shape, scales: Shape) -> bool:
     """Return True for one scale of the tensor, of each matrix, or of each row or column."""
-    if math.prod(scales) == 1:
-        return True
-    return (
-        len(scales) == len(codes)
-        and scales[:-2] == codes[:-2]
-        and any(scales[-2:] == known for known in ((1, 1), (codes[-2], 1), (1, codes[-1])))
-    )
+    return are_of_rows(codes, scales) or scales == (*codes[:-2], 1, codes[-1])
+
+
+def are_of_rows(codes: Shape, scales: Shape) -> bool:
+    """Return True for one scale of the tensor, of each matrix, or of each row."""
+    return math.prod(scales) == 1 or scales in ((*codes[:-2], 1, 1), (*codes[:-1], 1))
 
 
 def mxfp4_decode(blocks: Array, scales: Array) -> Array:

@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from moezoo.core.checkpoint.safetensors_header import size_bytes
 from moezoo.core.huggingface.assembly import assemble
-from moezoo.core.huggingface.codecs import FP8_BLOCK, has_fp8_blocks
 from moezoo.core.huggingface.ledger import FLOATS, Readable, Source
-from moezoo.core.huggingface.quantized_tensors import Quantized, numpy_dtype
+from moezoo.core.huggingface.quantized_tensors import Quantized
+from moezoo.core.huggingface.stored_rows import code_words, group_scales, has_group_scales, scale_dtype
 from moezoo.core.huggingface.tensors import Placed
 from moezoo.core.quantization.formats import WORD_BITS, QuantizationFormat
 from moezoo.core.quantization.weight import QuantizedWeight
@@ -50,8 +50,8 @@ def coded_form(sources: Sequence[Source], shape: tuple[int, ...], quantized: Qua
     known = next(iter(axes))
     if len(dtypes) > 1:
         return "their scales have several dtypes"
-    if format.mode == "fp8" and not all(_Stored(quantized, _SCALES).has_blocks(source.name) for source in sources):
-        return "their scales are of channels or whole tensors"
+    if not all(_Stored(quantized, _SCALES).has_groups(source.name) for source in sources):
+        return "their scales are of columns"
     if len(axes) > 1 or known is None:
         return "they have only parts of rows of codes"
     lead, packed = known
@@ -87,8 +87,7 @@ def written_codes(placed: Placed, weights: Sequence[QuantizedWeight]) -> list[Ar
         for place, part in enumerate(parts):
             expert = placed.parts[place][1]  # stacked outside of everything else
             placed.in_words(place, words).put(array, place, part if expert is None else part[expert])
-        is_repeated = format.mode == "fp8" and which != _CODES
-        written.append(array[..., ::FP8_BLOCK, :] if is_repeated else array)
+        written.append(array)
     return written
 
 
@@ -103,51 +102,50 @@ class _Stored:
     quantized: Quantized
     which: int
 
-    def _tensor(self, name: str) -> tuple[Readable, str]:
+    def _parts(self, name: str) -> tuple[Readable, tuple[str, ...]]:
+        """Return the tensor, and the stored tensors that are read."""
         tensor = self.quantized.readable[name]
-        return tensor, tensor.stored[self.which]
+        return tensor, tensor.stored[:1] if self.which == _CODES else tensor.stored[1:]
 
     def dtype(self, name: str) -> np.dtype[Any]:
-        tensor, part = self._tensor(name)
-        assert tensor.format is not None
+        tensor = self.quantized.readable[name]
         if self.which == _CODES:
             return np.dtype(np.uint32)
-        stored = self.quantized.folder.tensors[part].dtype
-        if tensor.format.mode == "fp8":
-            return numpy_dtype("F32" if stored == "F8_E8M0" else stored)
-        return numpy_dtype(stored) if tensor.format.has_biases else np.dtype(np.uint8)
+        return scale_dtype(tensor, self.quantized.folder.tensors[tensor.stored[1]].dtype)
 
-    def has_blocks(self, name: str) -> bool:
-        """Return True if FP8 scales are of blocks."""
-        tensor, part = self._tensor(name)
-        return has_fp8_blocks(tensor.shape, self.quantized.folder.tensors[part].shape)
+    def has_groups(self, name: str) -> bool:
+        """Return True if each group has a scale."""
+        tensor = self.quantized.readable[name]
+        return has_group_scales(tensor, self.quantized.folder.tensors[tensor.stored[1]].shape)
 
     def read(self, name: str, rows: tuple[int, int] | None = None) -> Array:
-        tensor, part = self._tensor(name)
-        array = self.quantized.folder.read(part, rows=rows)
+        tensor, parts = self._parts(name)
+        arrays = [self.quantized.folder.read(part, rows=rows) for part in parts]
         if self.which == _CODES:
-            outer = array.shape[: len(tensor.shape) - 1]
-            return array.reshape(*outer, -1).view(np.uint8).view(np.uint32)
-        assert tensor.format is not None
-        if tensor.format.mode == "fp8":  # one scale per block; here one per row of codes
-            repeated = np.repeat(array.astype(self.dtype(name)), FP8_BLOCK, axis=-2)
-            return repeated[..., : tensor.shape[-2], :]
-        return array if tensor.format.has_biases else array.view(np.uint8)
+            return code_words(tensor, arrays[0])
+        return group_scales(tensor, arrays, None if rows is None else rows[1] - rows[0])[self.which - 1]
 
     def read_into(self, name: str, out: Array) -> None:
-        self.quantized.folder.read(self._tensor(name)[1], out=out)
+        self.quantized.folder.read(self._only(name), out=out)
 
     def has_rows(self, name: str) -> bool:
-        tensor, part = self._tensor(name)
-        shape = self.quantized.folder.tensors[part].shape
-        return len(shape) > 0 and shape[0] == tensor.shape[0]
+        tensor, parts = self._parts(name)
+        return self.quantized.have_rows(tensor.shape, parts)
 
     def is_plain(self, name: str) -> bool:
-        tensor, part = self._tensor(name)
-        stored = self.quantized.folder.tensors[part]
-        known = ("U32",) if self.which == _CODES else ("U8", *FLOATS)
-        return stored.dtype in known and stored.shape[:-1] == tensor.shape[:-1]
+        stored = self.quantized.folder.tensors[self._only(name)]
+        if self.which == _CODES:
+            return stored.dtype == "U32"
+        tensor = self.quantized.readable[name]
+        assert tensor.format is not None
+        form = (*tensor.shape[:-1], tensor.format.groups(tensor.shape[-1]))
+        return stored.dtype in ("U8", *FLOATS) and stored.shape == form
 
     def size_bytes(self, name: str) -> int:
-        stored = self.quantized.folder.tensors[self._tensor(name)[1]]
-        return size_bytes(stored.dtype, stored.shape)
+        _, parts = self._parts(name)
+        forms = [self.quantized.folder.tensors[part] for part in parts]
+        return sum(size_bytes(form.dtype, form.shape) for form in forms)
+
+    def _only(self, name: str) -> str:
+        """Return the stored tensor of codes, scales or biases as mlx-lm has them."""
+        return self.quantized.readable[name].stored[self.which]

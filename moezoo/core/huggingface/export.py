@@ -23,6 +23,7 @@ from moezoo.core.huggingface.ledger import FLOATS, first_rules, stored_dtype, wr
 from moezoo.core.huggingface.mlx_config import with_mlx_spellings, without_quantization
 from moezoo.core.huggingface.nonfinite import is_finite
 from moezoo.core.huggingface.quantized_tensors import encode, numpy_dtype
+from moezoo.core.huggingface.stored_rows import group_scales, stored_codes
 from moezoo.core.huggingface.tensors import Placed
 from moezoo.core.quantization.weight import QuantizedWeight, stored
 
@@ -172,12 +173,10 @@ def _kept_codes(name: str, weights: Sequence[QuantizedWeight], layout: Layout) -
     """Return the codes of a tensor whose parameters are codes still, with the scales and biases of the layout."""
     tensor, original = layout.readable[name], layout.tensors[name]
     codes, *beside = written_codes(layout.ledger.placed[name], weights)
-    for part, array in zip(tensor.stored[1:], beside, strict=True):
-        kept = layout.read(part)
-        if not same_bits(kept.view(np.uint8) if array.dtype == np.uint8 else kept.astype(array.dtype), array):
-            raise CheckpointError(f"{part} has changed.")
-    written: Array = codes.view(_CODES[original.dtype]).reshape(original.shape)
-    return written
+    kept = group_scales(tensor, [layout.read(part) for part in tensor.stored[1:]])
+    if not all(same_bits(one, other) for one, other in zip(kept, beside, strict=True)):
+        raise CheckpointError(f"{tensor.stored[1]} has changed.")
+    return stored_codes(codes, np.dtype(_CODES[original.dtype]), original.shape)
 
 
 def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], value: Array) -> None:

@@ -63,9 +63,14 @@ class Quantized:
 
     def has_rows(self, name: str) -> bool:
         """Return True if codes and scales have equal rows, so rows can be read. Blocks of FP8 have fewer."""
-        stored = self.readable[name].stored if name in self.readable else (name,)
-        shapes = [self.folder.tensors[part].shape for part in stored]
-        return all(shape and shape[0] == shapes[0][0] for shape in shapes)
+        tensor = self.readable.get(name)
+        return self.have_rows(self.folder.tensors[name].shape, (name,) if tensor is None else tensor.stored)
+
+    def have_rows(self, shape: tuple[int, ...], parts: Sequence[str]) -> bool:
+        """Return True if these stored tensors have the rows of a tensor of this shape."""
+        shapes = [self.folder.tensors[part].shape for part in parts]
+        several = len(parts) > 1
+        return bool(shape) and all(len(each) > several and each[0] == shape[0] for each in shapes)
 
     def size_bytes(self, name: str) -> int:
         """Return the size of the decoded tensor, in bytes."""

@@ -13,7 +13,7 @@ words, and one scale per group of `group_size` numbers along the row.
 
 Source: mlx 0.32, `mx.quantize`; OCP Microscaling Formats (MX) v1.0, sections 5.3.3 (E2M1) and 5.4.1 (E8M0);
 Micikevicius et al. 2022, arXiv 2209.05433 (E4M3). Mode fp8 is DeepSeek-V3's, arXiv 2412.19437, section 3.3.2: its scale
-of a block of 128 x 128 is repeated for each of the block's rows.
+of a block of 128 x 128 is repeated for each of the block's rows, and that of a row or tensor for each of its groups.
 """
 
 from dataclasses import dataclass
@@ -53,6 +53,11 @@ class QuantizationFormat:
     def has_biases(self) -> bool:
         """True if a group has a bias beside its scale."""
         return self.mode == "affine"
+
+    @property
+    def has_byte_scales(self) -> bool:
+        """True if scales are floats of 8 bits, in uint8."""
+        return self.mode in ("mxfp4", "mxfp8", "nvfp4")
 
     @property
     def largest_code(self) -> float:
