@@ -23,6 +23,9 @@ def spec(fields: Fields) -> ModelSpec:
     number, norm = fields.count("num_hidden_layers", 34), parts.rms_norm(fields, 1e-5)
     dense, moe = parts.swiglu(fields, fields.count("intermediate_size", 6912)), _moe(fields)
     parts.layer_types(fields, number, ["indexed_attention"] * number, ("indexed_attention",))
+    for flag in ("enable_ihc", "gated_mla", "learnable_sink", "use_dsa"):  # in the release: transformers has no other
+        fields.expect(flag, True)
+    fields.expect("gating_type", "elementwise")
     dense_layers = parts.dense_by_type(fields, number, [index < 1 for index in range(number)])
     layers = [
         parts.layer(attention, dense if is_dense else moe)
@@ -49,7 +52,9 @@ def _attentions(fields: Fields, number: int, epsilon: float) -> list[LatentAtten
         rotated="last",
         key_norm=LayerNormSpec(epsilon=epsilon),
     )
-    attention = parts.latent_attention(fields, parts.rope(fields), gate="elementwise", sinks=True)
+    attention = parts.latent_attention(
+        fields, parts.rope(fields), gate="elementwise", sinks=True, kv_heads_ignored=True
+    )
     by_default = ["full" if index == 0 or index % 4 == 1 else "shared" for index in range(number)]
     types = fields.items("indexer_types", number, by_default)
     if types[0] != "full" or set(types) - {"full", "shared"}:
@@ -133,5 +138,12 @@ FAMILY = Family(
     ),
     kept=("*.rotary_emb.inv_freq", "model.mtp_layers.*"),
     later_layers_kept=True,
-    harmless=("head_dim", "learnable_sink_init", "max_position_embeddings", "qk_head_dim"),
+    harmless=(
+        "enable_lm_head_fp32",
+        "head_dim",
+        "learnable_sink_init",
+        "max_position_embeddings",
+        "num_key_value_heads",  # 8 in the release: transformers sets it to the number of heads
+        "qk_head_dim",
+    ),
 )

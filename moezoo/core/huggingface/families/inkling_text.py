@@ -24,10 +24,24 @@ from moezoo.core.spec import (
 )
 
 SLIDING, FULL = "hybrid_sliding", "hybrid"
+_ALWAYS = {
+    "norm_after_topk": True,
+    "o_bias": False,
+    "q_bias": False,
+    "use_embed_norm": True,
+    "use_gate_bias": True,
+    "use_global_scale": True,
+    "use_sconv": True,
+}
 
 
 def spec(fields: Fields) -> ModelSpec:
     number = fields.count("num_hidden_layers", 66)
+    # Fields of the release, and of `_ALWAYS`: transformers has no other.
+    fields.expect("gate_activation", "sigmoid")
+    fields.expect("final_logit_softcapping")
+    for name, value in _ALWAYS.items():
+        fields.expect(name, value)
     local = fields.integers("local_layer_ids", [index for index in range(number) if (index + 1) % 6])
     default = [SLIDING if index in local else FULL for index in range(number)]
     types = parts.layer_types(fields, number, default, (FULL, SLIDING), older={"local_layer_ids": None})

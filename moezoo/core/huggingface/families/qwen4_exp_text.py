@@ -194,5 +194,12 @@ FAMILY = Family(
     architecture="Qwen4ExpForCausalLM",
     computed_tokens=("eos_token_id",),
     config=_config,
-    harmless=("mamba_ssm_dtype", "max_position_embeddings", "mtp_*", "number_of_conv_states"),
+    harmless=(
+        "intermediate_size",  # of dense feed-forwards, which there are none of
+        "mamba_ssm_dtype",
+        "max_position_embeddings",
+        "mtp",
+        "number_of_conv_states",
+        "ple_embedding_dtype",
+    ),
 )

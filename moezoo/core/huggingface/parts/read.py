@@ -166,6 +166,10 @@ def windows(
     return [width if kind == "sliding_attention" else None for kind in types]
 
 
+# Words of released files, which transformers replaces (configuration_utils, `remap_legacy_layer_types`).
+_RENAMED_KINDS = {"deepseek_sparse_attention": "indexed_attention", "qwen_sparse_attention": "indexed_attention"}
+
+
 def layer_types(
     fields: Fields,
     num_layers: int,
@@ -175,9 +179,10 @@ def layer_types(
     older: Mapping[str, Any] = NO_OLDER,
 ) -> list[str]:
     """Return each layer's kind of attention; `default` follows from the fields `older` (see `Fields.agree`)."""
-    types = fields.items("layer_types", num_layers, default, known)
+    renamed = [word for word, newer in _RENAMED_KINDS.items() if newer in known]
+    types = fields.items("layer_types", num_layers, default, (*known, *renamed))
     fields.agree("layer_types", default, older)
-    return types
+    return [_RENAMED_KINDS.get(kind, kind) for kind in types]
 
 
 def model(
@@ -207,15 +212,21 @@ def layout(fields: Fields) -> Literal["half_split", "interleaved"]:
 
 
 def latent_attention(
-    fields: Fields, position: RoPESpec | NoPositionSpec | None = None, *, queries: int | None = 1536, **options: Any
+    fields: Fields,
+    position: RoPESpec | NoPositionSpec | None = None,
+    *,
+    queries: int | None = 1536,
+    kv_heads_ignored: bool = False,
+    **options: Any,
 ) -> LatentAttentionSpec:
     """Return multi-head latent attention from the fields of DeepSeek's configs.
 
     `position`: by default the config's RoPE. `queries`: the family's default of `q_lora_rank` (an explicit null means
-    full-rank queries).
+    full-rank queries). `kv_heads_ignored`: the class replaces `num_key_value_heads`, whatever the file says.
     """
     heads = fields.count("num_attention_heads")
-    fields.expect("num_key_value_heads", heads)  # MLA: every head has its own keys
+    if not kv_heads_ignored:
+        fields.expect("num_key_value_heads", heads)  # MLA: every head has its own keys
     return LatentAttentionSpec(
         num_heads=heads,
         head_dim=fields.count("qk_nope_head_dim"),
