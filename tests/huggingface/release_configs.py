@@ -14,8 +14,9 @@ ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "configs" / "families"
 RELEASES: dict[str, dict[str, Any]] = json.loads((ROOT / "tests/data/releases.json").read_text(encoding="utf-8"))
 """By the name of the config: the release, where its sizes are from, its published parameter counts and who published
-them, and those fields of its config.json that are not the family's defaults. `active_without` and `total_without` say
-which embeddings the published count leaves out."""
+them, and the fields of its config.json: all of those that public copies have, where there are any (none was fetched for
+this), else those that are not the family's defaults. `active_without` and `total_without` say which parameters the
+published count leaves out, and `active_skips_no_expert` that it is of a token that skips no expert, not of the mean."""
 
 _REST = """\
 data:
