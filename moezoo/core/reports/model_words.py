@@ -4,6 +4,7 @@ from typing import assert_never
 
 from moezoo.core.cost.parameters import parameter_counts
 from moezoo.core.errors import counted
+from moezoo.core.reports.router_words import choice_in_words, weights_in_words
 from moezoo.core.reports.text import count
 from moezoo.core.spec import (
     AttentionSpec,
@@ -15,12 +16,10 @@ from moezoo.core.spec import (
     CompressionSpec,
     DepthScaledResidualSpec,
     DroplessSpec,
-    ExpertChoiceSpec,
     FeedForwardSpec,
     GatedDeltaAttentionSpec,
     GatedStreamsSpec,
     GroupedQueryAttentionSpec,
-    GroupedTopKChoiceSpec,
     HeadConvolutionSpec,
     HeadSpec,
     HyperConnectionsSpec,
@@ -44,14 +43,11 @@ from moezoo.core.spec import (
     ResidualSpec,
     RMSNormSpec,
     RoPESpec,
-    RouterSpec,
     ScaledResidualSpec,
     SharedExpertsSpec,
     ShortConvolutionSpec,
     SinusoidalPositionsSpec,
     SumResidualSpec,
-    TopKChoiceSpec,
-    TopPChoiceSpec,
 )
 
 _FEED_FORWARDS = {
@@ -71,7 +67,7 @@ _FEED_FORWARDS = {
 def model_in_brief(spec: ModelSpec) -> str:
     """Describe a model in a few words: `2 layers of width 20, 2 of 5 experts; 5.12 k parameters, 3.10 k active`."""
     depth, counts = len(spec.all_layers), parameter_counts(spec)
-    experts = dict.fromkeys(f", {_choice(moe)} of {moe.num_experts} experts" for _, moe in spec.moes)
+    experts = dict.fromkeys(f", {choice_in_words(moe)} of {moe.num_experts} experts" for _, moe in spec.moes)
     active = f", {count(counts.active)} active" if experts else ""
     layers = f"{counted(depth, 'layer')} of width {spec.embed_dim}"
     return f"{layers}{''.join(experts)}; {count(counts.total)} parameters{active}"
@@ -323,12 +319,12 @@ def _convolution(spec: ResidualConvolutionSpec) -> str:
 
 
 def _heads(spec: MoESpec) -> str:
-    parts = [f"{_choice(spec)} of {spec.num_experts} query heads per key", _weights(spec.router)]
+    parts = [f"{choice_in_words(spec)} of {spec.num_experts} query heads per key", weights_in_words(spec.router)]
     return "; ".join([*parts, *(f"{loss.kind} {loss.coefficient:g}" for loss in spec.losses)])
 
 
 def _moe(spec: MoESpec) -> str:
-    parts = [f"{_choice(spec)} of {spec.num_experts} experts, {_feed_forward(spec.experts)}"]
+    parts = [f"{choice_in_words(spec)} of {spec.num_experts} experts, {_feed_forward(spec.experts)}"]
     if spec.latent_dim is not None:
         parts.append(f"in a latent space of {spec.latent_dim}")
     if spec.zero_computation is not None:
@@ -348,7 +344,7 @@ def _moe(spec: MoESpec) -> str:
         parts.append("normalized output")
     if spec.output_bias:
         parts.append("biased output")
-    parts.append(_weights(spec.router))
+    parts.append(weights_in_words(spec.router))
     match spec.dispatch:
         case DroplessSpec():
             parts.append("dropless")
@@ -359,41 +355,3 @@ def _moe(spec: MoESpec) -> str:
             assert_never(spec.dispatch)
     parts.extend(f"{loss.kind} {loss.coefficient:g}" for loss in spec.losses)
     return "; ".join(parts)
-
-
-def _choice(spec: MoESpec) -> str:
-    choice, top_k = spec.router.choice, str(spec.router.top_k)
-    match choice:
-        case TopKChoiceSpec():
-            return top_k
-        case GroupedTopKChoiceSpec():
-            return f"{top_k} (in {choice.keep} of {choice.num_groups} groups)"
-        case TopPChoiceSpec():
-            return f"up to {top_k} (for {choice.p:g} of the score)"
-        case ExpertChoiceSpec():
-            return f"on average {top_k} (experts choose tokens)"
-        case _:
-            return f"{top_k} ({choice.kind.replace('_', ' ')})"
-
-
-def _weights(router: RouterSpec) -> str:
-    jitter = "" if router.jitter is None else f"{router.jitter.of} jitter {router.jitter.amount:g}"
-    words = (
-        (router.score if router.weight == "score" else router.weight.replace("_", " "), True),
-        ("of a normalized input", router.input == "normalized"),
-        ("with a bias", router.bias),
-        ("" if router.mlp is None else f"of an MLP {router.mlp.hidden_dim}", router.mlp is not None),
-        ("averaged over depth", router.mlp is not None and router.mlp.depth_average),
-        ("with a gating residual", router.gating_residual),
-        (f"temperature {router.temperature:g}", router.temperature != 1),
-        (f"softcap {router.softcap}", router.softcap is not None),
-        ("with a selection bias", router.selection_bias is not None),
-        ("renormalized" if router.renormalize == "sum" else "renormalized by p-norm", router.renormalize != "none"),
-        (f"times {router.scale:g}", router.scale != 1),
-        ("times a learned scale", router.learned_scale),
-        ("times a scale per expert", router.per_expert_scale),
-        ("on the input", router.apply_to == "input"),
-        (jitter, router.jitter is not None),
-        ("in the compute dtype", router.dtype == "compute"),
-    )
-    return ", ".join(word for word, there in words if there)
