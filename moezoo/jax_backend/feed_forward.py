@@ -77,6 +77,8 @@ def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> ja
                     return jax.nn.relu(up)
                 case "gelu":
                     return jax.nn.gelu(up, approximate=True)
+                case "silu":
+                    return jax.nn.silu(up)
                 case "relu_squared":
                     return jnp.square(jax.nn.relu(up))
                 case _:

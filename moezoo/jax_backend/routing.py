@@ -132,6 +132,8 @@ class Router(nnx.Module):
         logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_router[...].astype(x_PD.dtype)).astype(jnp.float32)
         if self.spec.bias:
             logits_PE = logits_PE + self.b_router[...].astype(jnp.float32)
+        if self.spec.product_keys:
+            logits_PE = product_key_logits(logits_PE)
         if self.has_residual:
             assert previous_PE is not None
             logits_PE = logits_PE + previous_PE @ self.w_residual[...].astype(jnp.float32)
@@ -206,6 +208,12 @@ def jittered_input(spec: RouterSpec, x_PD: jax.Array, key: jax.Array | None) -> 
 
 def _jitter(amount: float, key: jax.Array, shape: tuple[int, ...]) -> jax.Array:
     return 1 + amount * (2 * uniform(fold_in(key, ROUTER_JITTER), shape) - 1)
+
+
+def product_key_logits(key_PE: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.routing.product_key_logits."""
+    number = key_PE.shape[-1] // 2
+    return (key_PE[:, :number, None] + key_PE[:, None, number:]).reshape(len(key_PE), number * number)
 
 
 def score(spec: RouterSpec, logits_PE: jax.Array) -> jax.Array:

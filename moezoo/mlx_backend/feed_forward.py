@@ -89,6 +89,8 @@ def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx
                     return mx.maximum(up, 0)
                 case "gelu":
                     return _gelu(up)
+                case "silu":
+                    return up * sigmoid(up)
                 case "relu_squared":
                     return mx.square(mx.maximum(up, 0))
                 case _:

@@ -50,10 +50,13 @@ class OneStream(nn.Module):
 class ScaledStream(nn.Module):
     """Spec: moezoo.core.reference.residual, `read` and `write` of one stream with scales and biases; in float32."""
 
-    def __init__(self, weights: Weights):
+    def __init__(self, spec: ScaledResidualSpec, weights: Weights):
         super().__init__()
-        self.stream_scale, self.stream_bias = weights.parameter("stream_scale"), weights.parameter("stream_bias")
-        self.block_scale, self.block_bias = weights.parameter("block_scale"), weights.parameter("block_bias")
+        self.spec = spec
+        self.stream_scale = weights.parameter("stream_scale")
+        if spec.terms == "both":
+            self.stream_bias = weights.parameter("stream_bias")
+            self.block_scale, self.block_bias = weights.parameter("block_scale"), weights.parameter("block_bias")
 
     def read(self, x_BTD: mx.array, block: int) -> tuple[mx.array, Connection]:
         """Spec: moezoo.core.reference.residual.read."""
@@ -61,6 +64,8 @@ class ScaledStream(nn.Module):
 
     def write(self, x_BTD: mx.array, connection: Connection, out_BTD: mx.array, block: int) -> mx.array:
         """Spec: moezoo.core.reference.residual.write; cast back."""
+        if self.spec.terms == "stream":
+            return (x_BTD * self.stream_scale.astype(mx.float32) + out_BTD).astype(x_BTD.dtype)
         stream_BTD = _scaled(x_BTD, self.stream_scale, self.stream_bias)
         return (stream_BTD + _scaled(out_BTD, self.block_scale, self.block_bias)).astype(x_BTD.dtype)
 
@@ -119,7 +124,7 @@ def residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> Residual:
         case SumResidualSpec() | DepthScaledResidualSpec():
             return OneStream(spec)
         case ScaledResidualSpec():
-            return ScaledStream(weights)
+            return ScaledStream(spec, weights)
         case HyperConnectionsSpec():
             return HyperConnection(spec, weights)
         case GatedStreamsSpec():
@@ -132,7 +137,7 @@ def residual(spec: ResidualSpec, norm: NormSpec, weights: Weights) -> Residual:
 
 def first_residual(spec: ResidualSpec, weights: Weights) -> ScaledEmbedding | None:
     """Spec: moezoo.core.reference.residual.enter; what is trained of it, None: nothing."""
-    return ScaledEmbedding(weights) if isinstance(spec, ScaledResidualSpec) else None
+    return ScaledEmbedding(weights) if isinstance(spec, ScaledResidualSpec) and spec.terms == "both" else None
 
 
 def final_residual(

@@ -145,6 +145,8 @@ class Router(nn.Module):
         logits_PE = projection.einsum("PD,DE->PE", x_PD, self.w_router.astype(x_PD.dtype)).astype(mx.float32)
         if self.spec.bias:
             logits_PE = logits_PE + self.b_router.astype(mx.float32)
+        if self.spec.product_keys:
+            logits_PE = product_key_logits(logits_PE)
         if self.has_residual:
             assert previous_PE is not None
             logits_PE = logits_PE + previous_PE @ as_array(self.w_residual).astype(mx.float32)
@@ -236,6 +238,12 @@ def jittered_input(spec: RouterSpec, x_PD: mx.array, key: mx.array | None) -> mx
 
 def _jitter(amount: float, key: mx.array, shape: tuple[int, ...]) -> mx.array:
     return 1 + amount * (2 * uniform(fold_in(key, ROUTER_JITTER), shape) - 1)
+
+
+def product_key_logits(key_PE: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.routing.product_key_logits."""
+    number = key_PE.shape[-1] // 2
+    return (key_PE[:, :number, None] + key_PE[:, None, number:]).reshape(len(key_PE), number * number)
 
 
 def score(spec: RouterSpec, logits_PE: mx.array) -> mx.array:

@@ -33,6 +33,7 @@ SPECS = {
     "clamped_swiglu": ClampedSwiGLUSpec(hidden_dim=F, limit=1.5),
     "relu_squared": PlainFeedForwardSpec(kind="relu_squared", hidden_dim=F),
     "gelu, bias": PlainFeedForwardSpec(kind="gelu", hidden_dim=F, bias=True),
+    "silu, one wide": PlainFeedForwardSpec(kind="silu", hidden_dim=1),
 }
 
 
@@ -85,11 +86,11 @@ def kernel_in_place_of_tokamax(x, w, size, implementation):
 
 def values_of(spec: ExpertsSpec = SWIGLU, num_experts: int = E) -> dict[str, np.ndarray]:
     values = {
-        "w_gate": 0.3 * normal(1, num_experts, D, F),
-        "w_up": 0.3 * normal(2, num_experts, D, F),
-        "w_down": 0.3 * normal(3, num_experts, F, D),
-        "b_gate": 0.3 * normal(4, num_experts, F),
-        "b_up": 0.3 * normal(5, num_experts, F),
+        "w_gate": 0.3 * normal(1, num_experts, D, spec.hidden_dim),
+        "w_up": 0.3 * normal(2, num_experts, D, spec.hidden_dim),
+        "w_down": 0.3 * normal(3, num_experts, spec.hidden_dim, D),
+        "b_gate": 0.3 * normal(4, num_experts, spec.hidden_dim),
+        "b_up": 0.3 * normal(5, num_experts, spec.hidden_dim),
         "b_down": 0.3 * normal(6, num_experts, D),
     }
     plain = isinstance(spec, PlainFeedForwardSpec)

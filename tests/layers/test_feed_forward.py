@@ -24,6 +24,7 @@ SPECS = {
     "clamped_swiglu, no bias": ClampedSwiGLUSpec(hidden_dim=F, limit=1.5, alpha=1.0, up_offset=0.0, bias=False),
     "relu": PlainFeedForwardSpec(kind="relu", hidden_dim=F),
     "gelu, bias": PlainFeedForwardSpec(kind="gelu", hidden_dim=F, bias=True),
+    "silu": PlainFeedForwardSpec(kind="silu", hidden_dim=F),
     "relu_squared": PlainFeedForwardSpec(kind="relu_squared", hidden_dim=F),
 }
 each_spec = pytest.mark.parametrize("spec", SPECS.values(), ids=SPECS)

@@ -63,6 +63,22 @@ def test_scales_and_biases_of_both_terms_match_the_reference(twin):
     assert_close(write(spec, values, TERMS[0], None, TERMS[1], 0), expected, FLOAT32)
 
 
+def test_a_scale_of_the_stream_alone_matches_the_reference(twin):
+    spec, values = ScaledResidualSpec(terms="stream"), {"stream_scale": normal(14, D)}
+    assert_layer_matches(
+        twin,
+        twin.module("residual").residual(spec, RMSNormSpec(), twin.weights(values)),
+        lambda block, x, out: block.write(x, None, out, 3),
+        lambda values, x, out: write(spec, values, x, None, out, 3),
+        values,
+        *TERMS[:2],
+    )
+    assert_close(
+        write(spec, values, TERMS[0], None, TERMS[1], 0), TERMS[0] * values["stream_scale"] + TERMS[1], FLOAT32
+    )
+    assert twin.module("residual").first_residual(spec, twin.weights({})) is None
+
+
 def test_the_former_flag_is_refused():
     with pytest.raises(SpecError, match="depth_scaled_residual"):
         validate(ModelSpec, {"embed_dim": 8, "layers": [], "depth_scaled_residual": True}, "config")

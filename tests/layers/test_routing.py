@@ -60,6 +60,7 @@ ROUTERS: dict[str, dict] = {
     "p norm": {"top_k": 3, "renormalize": "p_norm", "renormalize_order": 2.5},
     "normalized input": {"input": "normalized", "per_expert_scale": True, "input_epsilon": 1e-4},
     "residual, temperature and cap": {"gating_residual": True, "temperature": 0.7, "softcap": 2.0, "bias": True},
+    "product keys": {"top_k": 3, "product_keys": True, "bias": True} | BIAS,
     "mlp": {"mlp": {"hidden_dim": Z, "depth_average": True, "norm": {"epsilon": 0.1}}, "renormalize": "none"} | BIAS,
     "jitter of the input": {"jitter": {"of": "input", "amount": 0.3}},
     "jitter of the logits": {"jitter": {"of": "logits", "amount": 0.3}, "score": "sigmoid"},
@@ -89,6 +90,8 @@ def values_of(spec: RouterSpec) -> dict[str, np.ndarray]:
     }
     asked |= {name: spec.mlp is not None for name in VALUES if name.startswith("mlp.")}
     values = {name: value for name, value in VALUES.items() if asked[name]}
+    if spec.product_keys:  # two keys for each half of four experts
+        values = {name: value[..., :4] for name, value in values.items()}
     return values if spec.mlp is None else values | {"w_router": values["w_router"][:Z]}
 
 
@@ -186,6 +189,19 @@ def test_the_first_mixture_has_no_gating_residual(twin):
     routing = twin.module("routing").Router(spec, first)(twin.array(X_PD))
     without = {"w_router": W_DE, "b_router": VALUES["b_router"]}
     assert_close(twin.numpy(routing.logits_PE), route(spec, without, X_PD).logits_PE, FLOAT32)
+
+
+def test_an_expert_of_product_keys_has_the_sum_of_its_two_keys(twin):
+    first, second, bias = normal(40, P, 3), normal(41, P, 3), normal(42, 6)
+    keys_PE = np.concatenate([first, second], axis=1)
+    values = {"w_router": np.eye(6), "b_router": bias}
+    spec = RouterSpec(top_k=K, product_keys=True, bias=True)
+    actual = twin.module("routing").Router(spec, twin.weights(values))(twin.array(keys_PE))
+    expected = [
+        first[:, expert // 3] + bias[expert // 3] + second[:, expert % 3] + bias[3 + expert % 3] for expert in range(9)
+    ]
+    assert_close(twin.numpy(actual.logits_PE), np.stack(expected, axis=1), FLOAT32)
+    assert_close(route(spec, values, keys_PE).logits_PE, np.stack(expected, axis=1), FLOAT64)
 
 
 def test_ties_go_to_the_lower_id(twin):

@@ -49,11 +49,12 @@ def router_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> I
     width, axis = (d, "embed") if router.mlp is None else (router.mlp.hidden_dim, "latent")
     if router.mlp is not None:
         yield from _router_mlp(rows, f"{name}.mlp", router.mlp, previous)
-    yield rows.matrix(f"{name}.w_router", (width, e), (axis, "expert"), "router")
+    outputs, output_axis = spec.num_router_outputs, "key" if router.product_keys else "expert"
+    yield rows.matrix(f"{name}.w_router", (width, outputs), (axis, output_axis), "router")
     if spec.num_sinks:
         yield rows.matrix(f"{name}.w_shared", (width, spec.num_sinks), (axis, "constant"), "router")
     if router.bias:
-        yield rows.vector(f"{name}.b_router", (e,), ("expert",), "router")
+        yield rows.vector(f"{name}.b_router", (outputs,), (output_axis,), "router")
     if router.gating_residual and previous is not None:
         yield rows.matrix(f"{name}.w_residual", (previous, e), ("expert", "expert"), "router", ZEROS)
     if router.learned_scale:

@@ -19,8 +19,11 @@ def residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
         if spec.sinkhorn_iterations is not None:
             yield from _weights(rows, name, "mix", spec.num_streams)
     if isinstance(spec, ScaledResidualSpec):
-        yield from _scale_and_bias(rows, name, "stream")
-        yield from _scale_and_bias(rows, name, "block")
+        if spec.terms == "both":
+            yield from _scale_and_bias(rows, name, "stream")
+            yield from _scale_and_bias(rows, name, "block")
+        else:
+            yield rows.vector(f"{name}.stream_scale", (rows.embed_dim,), ("embed",), "norms", ONES)
     if isinstance(spec, BlockAttentionResidualSpec) and not name.startswith("layers.0.attention"):
         yield rows.vector(f"{name}.query", (rows.embed_dim,), ("embed",), "norms")
     if isinstance(spec, GatedStreamsSpec):
@@ -31,7 +34,7 @@ def residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
 
 def first_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
     """Yield the rows of the first step, from the embeddings to the residual streams."""
-    if isinstance(rows.spec.residual, ScaledResidualSpec):
+    if isinstance(rows.spec.residual, ScaledResidualSpec) and rows.spec.residual.terms == "both":
         yield from _scale_and_bias(rows, name, "stream")
 
 

@@ -51,7 +51,7 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
     | relu_squared_glu | `relu(gate)^2 * up` |
     | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + up_offset)`, gate <= `limit`, up in [-`limit`, `limit`] |
     | softcapped_swiglu | `cap(gate) * sigmoid(gate) * cap(up)` with `cap(x) = c tanh(x / c)`, each with its own c |
-    | relu, gelu, relu_squared | `f(up)` |
+    | relu, gelu, silu, relu_squared | `f(up)` |
     """
     match spec:
         case GatedFeedForwardSpec():
@@ -80,6 +80,8 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
                     return relu(up)
                 case "gelu":
                     return gelu(up)
+                case "silu":
+                    return silu(up)
                 case "relu_squared":
                     return relu(up) ** 2
                 case _:

@@ -30,7 +30,7 @@ Connection = Any
 def enter(spec: ResidualSpec, parameters: Parameters, x_BTD: Array) -> Streams:
     """Return the streams before the first block, of the embeddings; `parameters`: those of `first_residual`."""
     match spec:
-        case SumResidualSpec() | DepthScaledResidualSpec():
+        case SumResidualSpec() | DepthScaledResidualSpec() | ScaledResidualSpec(terms="stream"):
             return x_BTD
         case ScaledResidualSpec():
             return (x_BTD + parameters["stream_bias"]) * parameters["stream_scale"]
@@ -86,6 +86,8 @@ def write(
         case DepthScaledResidualSpec():
             share = 1 / (block + 2)
             return streams * np.sqrt(1 - share) + out_BTD * np.sqrt(share)
+        case ScaledResidualSpec(terms="stream"):
+            return streams * parameters["stream_scale"] + out_BTD
         case ScaledResidualSpec():
             stream_BTD = (streams + parameters["stream_bias"]) * parameters["stream_scale"]
             return stream_BTD + (out_BTD + parameters["block_bias"]) * parameters["block_scale"]

@@ -52,9 +52,9 @@ def route(spec: RouterSpec, parameters: Parameters, x_PD: Array, context: Routin
 
     Args:
         spec: the router, a point in the algebra; its docstring has the formulas, the functions below compute them.
-        parameters: `w_router` [D, E], and what the spec asks for: `input_scale` [D], `b_router` [E], `w_residual`
-            [E of the previous MoE layer, E], `expert_scale` [E], `scale` [1], `selection_bias` [E], `w_noise` [D, E],
-            `hash_table` [V, K], `cutoff` [E], `cutoff_weight` [1], `w_shared` [D, E]; an MLP's own, its width for D.
+        parameters: `w_router` [D, E], `b_router` [E] (with product keys, 2 sqrt(E) for E), and what the spec asks for:
+            `input_scale` [D], `w_residual` [E before, E], `expert_scale`, `selection_bias` and `cutoff` [E], `scale`
+            and `cutoff_weight` [1], `w_noise`, `w_shared` [D, E], `hash_table` [V, K]; an MLP's own, its width for D.
         x_PD: tokens.
         context: token ids, the previous router's logits, forced, silenced and excluded experts, key, padding, and
             whether to route as generation does.
@@ -164,9 +164,23 @@ def _linear(spec: RouterSpec, parameters: Parameters, x_PD: Array, previous_PE: 
     logits_PE = adapter.einsum("PD,DE->PE", x_PD, parameters["w_router"])
     if spec.bias:
         logits_PE = logits_PE + parameters["b_router"]
+    if spec.product_keys:
+        logits_PE = product_key_logits(logits_PE)
     if spec.gating_residual and "w_residual" in parameters:
         logits_PE = logits_PE + previous_PE @ parameters["w_residual"]
     return logits_PE
+
+
+def product_key_logits(key_PE: Array) -> Array:
+    """Return the logits `first[e // n] + second[e % n]` of E = n * n experts from the two halves of 2 n outputs.
+
+    [P, 2 n] -> [P, E]. Source: Lample et al. 2019, arXiv 1907.05242, section 3.2; He 2024, arXiv 2407.04153, section
+    2.2.
+    Differs: they search the best of the sums among those of each half's K best; here all sums are made, since scores,
+    losses and traces are of all experts.
+    """
+    number = key_PE.shape[-1] // 2
+    return np.reshape(key_PE[:, :number, None] + key_PE[:, None, number:], (len(key_PE), number * number))
 
 
 def score(spec: RouterSpec, logits_PE: Array) -> Array:

@@ -60,6 +60,7 @@ _FEED_FORWARDS = {
     "softcapped_swiglu": "softcapped SwiGLU",
     "relu": "ReLU",
     "gelu": "GELU",
+    "silu": "SiLU",
     "relu_squared": "ReLU-squared",
 }
 
@@ -100,8 +101,8 @@ def _residual(spec: ResidualSpec) -> str:
             return "plain residual"
         case DepthScaledResidualSpec():
             return "depth-scaled residual"
-        case ScaledResidualSpec():
-            return "scaled residual"
+        case ScaledResidualSpec(terms=terms):
+            return "scaled residual" if terms == "both" else "scaled residual stream"
         case HyperConnectionsSpec(num_streams=streams, sinkhorn_iterations=iterations):
             return f"{streams} residual streams, {'separate' if iterations is None else 'mixed'}"
         case GatedStreamsSpec(num_streams=streams, rank=rank):

@@ -32,6 +32,7 @@ def weights_in_words(router: RouterSpec) -> str:
     words = (
         (router.score if router.weight == "score" else router.weight.replace("_", " "), True),
         ("of a normalized input", router.input == "normalized"),
+        ("by product keys", router.product_keys),
         ("with a bias", router.bias),
         ("" if router.mlp is None else f"of an MLP {router.mlp.hidden_dim}", router.mlp is not None),
         ("averaged over depth", router.mlp is not None and router.mlp.depth_average),

@@ -51,10 +51,11 @@ class SoftcappedSwiGLUSpec(Part):
 class PlainFeedForwardSpec(Part):
     """Ungated feed-forward of width F: `f(x w_up) w_down`.
 
-    f is ReLU, GELU in its tanh approximation (arXiv 1606.08415), or squared ReLU (arXiv 2109.08668).
+    f is ReLU, GELU in its tanh approximation (arXiv 1606.08415), SiLU (arXiv 1702.03118), or squared ReLU (arXiv
+    2109.08668).
     """
 
-    kind: Literal["relu", "gelu", "relu_squared"]
+    kind: Literal["relu", "gelu", "silu", "relu_squared"]
     hidden_dim: PositiveInt
     bias: bool = False
 

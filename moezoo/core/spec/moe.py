@@ -1,5 +1,6 @@
 """MoE layers as data: Router -> Dispatch -> Experts -> Combine, plus shared experts."""
 
+from math import isqrt
 from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -119,6 +120,11 @@ class MoESpec(Part):
         return self.num_experts + (self.zero_computation.num_experts if self.zero_computation else 0)
 
     @property
+    def num_router_outputs(self) -> int:
+        """Number of outputs of the router's matrix: one per choice, or 2 sqrt(E) with product keys."""
+        return 2 * isqrt(self.num_choices) if self.router.product_keys else self.num_choices
+
+    @property
     def num_slots(self) -> int:
         """Maximum number of experts per token, the K of `expert_PK`: top_k, or all experts with expert choice."""
         return self.num_choices if isinstance(self.router.choice, ExpertChoiceSpec) else self.router.top_k
@@ -186,6 +192,13 @@ class MoESpec(Part):
                 "losses",
                 f"has a duplicate: {', '.join(kinds)}",
                 "Use each loss once, with one coefficient",
+            )
+        root = isqrt(self.num_choices)
+        if self.router.product_keys and root**2 != self.num_choices:
+            raise impossible(
+                "router.product_keys",
+                f"is true, but {self.num_choices} experts are not all pairs of two equally large sets of keys",
+                f"Use {root**2} or {(root + 1) ** 2} experts",
             )
         for check in (self._check_choice, self._check_zero_computation, self._check_losses, self._check_sinks):
             check()

@@ -28,11 +28,13 @@ class DepthScaledResidualSpec(Part):
 class ScaledResidualSpec(Part):
     """One stream, whose two terms have a learned bias and scale per feature: `(x + a) b + (f(x) + c) d`.
 
-    So have the embeddings, with which the stream begins. Source: Anthony et al. 2025 (ZAYA1), arXiv 2511.17127
-    (residual scaling); transformers 5.23, zaya.
+    So have the embeddings, with which the stream begins. `terms: stream`: a block scales the stream alone, `x b +
+    f(x)`, and nothing has a bias (Doge). Source: Anthony et al. 2025 (ZAYA1), arXiv 2511.17127 (residual scaling);
+    transformers 5.23, zaya and doge.
     """
 
     kind: Literal["scaled"] = "scaled"
+    terms: Literal["both", "stream"] = "both"
 
 
 class HyperConnectionsSpec(Part):

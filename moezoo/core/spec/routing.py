@@ -157,6 +157,9 @@ class RouterSpec(Part):
       mean square), times a learned scale, divided by sqrt(D) (Gemma 4). `mlp`: the router's matrix multiplies the
       output of a small network of it instead (ZAYA1). `gating_residual`: the previous MoE layer's logits, multiplied by
       a learned matrix, are added to this layer's (MoE++, arXiv 2410.07348, eq. 6); the first MoE layer has none to add.
+    - `product_keys`: the router's matrix has 2 sqrt(E) columns in place of E, and the logit of expert e is the sum of
+      number `e // sqrt(E)` of the first half of its outputs and number `e % sqrt(E)` of the second (Lample et al. 2019,
+      arXiv 1907.05242; PEER, He 2024, arXiv 2407.04153; Doge).
     - `bias`: the router's linear layer has one. `dtype` of its matrix product: `float32` regardless of the model's
       compute dtype (Zoph et al. 2022, arXiv 2202.08906), or `compute`.
     - logits are divided by `temperature`, then capped: `softcap * tanh(logit / softcap)`.
@@ -176,6 +179,7 @@ class RouterSpec(Part):
     input_epsilon: PositiveFloat = 1e-6
     mlp: RouterMLPSpec | None = None
     gating_residual: bool = False
+    product_keys: bool = False
     bias: bool = False
     dtype: Literal["float32", "compute"] = "float32"
     temperature: PositiveFloat = 1.0

@@ -161,6 +161,7 @@ def test_head(head, words):
         ({"hidden_dim": 8}, "SwiGLU 8"),
         ({"kind": "gelu", "hidden_dim": 8, "bias": True}, "GELU 8 with biases"),
         ({"kind": "relu", "hidden_dim": 8}, "ReLU 8"),
+        ({"kind": "silu", "hidden_dim": 1}, "SiLU 1"),
         ({"kind": "relu_squared", "hidden_dim": 8}, "ReLU-squared 8"),
         ({"kind": "relu_squared_glu", "hidden_dim": 8}, "ReLU-squared GLU 8"),
         ({"kind": "exact_geglu", "hidden_dim": 8}, "exact GeGLU 8"),
@@ -200,6 +201,11 @@ def test_shortcut_layer_names_both_feed_forwards():
     ("router", "moe", "words"),
     [
         ({}, {}, "2 of 6 experts, SwiGLU 8; softmax, renormalized; dropless"),
+        (
+            {"product_keys": True},
+            {"num_experts": 9},
+            "2 of 9 experts, SwiGLU 8; softmax, by product keys, renormalized; dropless",
+        ),
         (
             {"renormalize": "none", "choice": {"kind": "expert_choice"}},
             {"losses": [{"kind": "router_z", "coefficient": 0.001}]},

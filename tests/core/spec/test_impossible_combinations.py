@@ -492,6 +492,11 @@ CASES = {
         router(top_k=9),
         f"{ROUTER}.top_k is 9, but num_experts is 6 (x.yaml). Use top_k <= 6.",
     ),
+    "product keys of no square": (
+        router(product_keys=True),
+        f"{ROUTER}.product_keys is true, but 6 experts are not all pairs of two equally large sets of keys (x.yaml). "
+        "Use 4 or 9 experts.",
+    ),
     "top_k above num_experts with zero_computation": (
         model(layer(moe=moe_of({"top_k": 9}, zero_computation={"num_zero": 2}))),
         f"{ROUTER}.top_k is 9, but num_experts with zero_computation is 8 (x.yaml). Use top_k <= 8.",
