@@ -222,7 +222,7 @@ class GroupedQueryAttention(nnx.Module):
             self.relative = RelativePosition(spec.relative, weights.inside("relative"))
         if spec.gate is not None:
             self.w_gate = weights.parameter("w_gate")
-        if spec.gate_bias:
+        if spec.gate_bias is not None:
             self.b_gate = weights.parameter("b_gate")
         if spec.output_bias:
             self.b_output = weights.parameter("b_output")
@@ -394,7 +394,7 @@ class GroupedQueryAttention(nnx.Module):
             case _:
                 assert_never(self.spec.gate)
         gate = gate.astype(jnp.float32)
-        if self.spec.gate_bias:
-            gate = gate + self.b_gate[...].astype(jnp.float32)[:, None]
+        if self.spec.gate_bias is not None:
+            gate = gate + self.b_gate[...].astype(jnp.float32).reshape(self.spec.num_heads, -1)
         gate = jax.nn.softplus(gate) if self.spec.gate_function == "softplus" else jax.nn.sigmoid(gate)
         return (attended_BTNH * gate).astype(attended_BTNH.dtype)

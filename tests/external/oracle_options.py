@@ -392,8 +392,8 @@ add(
 )
 add(
     "qwen3_next_dense",
-    "dense layer 0, no renormalization",
-    **QWEN3_NEXT | dict(mlp_only_layers=[0], norm_topk_prob=False),
+    "dense layer 0, no renormalization, attention biases, that of the gate among them",
+    **QWEN3_NEXT | dict(mlp_only_layers=[0], norm_topk_prob=False, attention_bias=True),
 )
 add(
     "qwen3_5_moe",
@@ -428,10 +428,11 @@ QWEN4_ONE = QWEN4 | dict(
     eos_token_id=5,
     output_gate_type=None,
     norm_topk_prob=True,
+    attention_bias=True,
 )
 add(
     "qwen4_exp",
-    "inside the multimodal wrapper; n-gram embeddings in one part, silu output gates, renormalized weights",
+    "inside the multimodal wrapper; n-gram embeddings in one part, silu output gates, renormalized weights, biases",
     as_on_the_hub=inside_a_wrapper_without_hashes,
     for_transformers=with_hashes("model.language_model.", COMMON | QWEN4_ONE),
     **{key: ... for key in COMMON if key != "tie_word_embeddings"},

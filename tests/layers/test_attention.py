@@ -78,11 +78,11 @@ SPECS = {
     "softcap": grouped(softcap=0.8, scale=0.7),
     "softcap and sinks": grouped(softcap=0.8, sinks=True),
     "headwise gate": grouped(gate="headwise"),
-    "elementwise gate": grouped(gate="elementwise"),
+    "elementwise gate": grouped(gate="elementwise", gate_bias="elementwise"),
     "softplus gate": grouped(gate="headwise", gate_function="softplus"),
     "gate with a bias and temperature as a power": grouped(
         gate="elementwise",
-        gate_bias=True,
+        gate_bias="headwise",
         value_head_dim=5,
         temperature_tuning=TemperatureTuningSpec(form="power", floor_length=2, scale=0.7),
     ),

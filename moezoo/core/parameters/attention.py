@@ -101,8 +101,10 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
         yield rows.matrix(f"{name}.w_gate", (d, n), ("embed", "head"), "attention")
     if spec.gate == "elementwise":
         yield rows.matrix(f"{name}.w_gate", (d, n, z), ("embed", "head", "head_dim"), "attention")
-    if spec.gate_bias:
+    if spec.gate_bias == "headwise":
         yield rows.vector(f"{name}.b_gate", (n,), ("head",), "attention")
+    if spec.gate_bias == "elementwise":
+        yield rows.vector(f"{name}.b_gate", (n, z), ("head", "head_dim"), "attention")
     yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
     if spec.output_bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")

@@ -295,8 +295,8 @@ def _gated(spec: GroupedQueryAttentionSpec, parameters: Parameters, attended_BTN
             gate = adapter.einsum("BTD,DNH->BTNH", x_BTD, parameters["w_gate"])
         case None:
             return attended_BTNH
-    if spec.gate_bias:
-        gate = gate + parameters["b_gate"][:, None]
+    if spec.gate_bias is not None:
+        gate = gate + parameters["b_gate"].reshape(spec.num_heads, -1)
     return attended_BTNH * (np.logaddexp(0, gate) if spec.gate_function == "softplus" else 1 / (1 + np.exp(-gate)))
 
 

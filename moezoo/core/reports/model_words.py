@@ -279,7 +279,7 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         (f"clipped to {spec.clip}", spec.clip is not None),
         ("sinks", spec.sinks),
         (f"{spec.gate} {'' if spec.gate_function == 'sigmoid' else 'softplus '}gate", spec.gate is not None),
-        ("gate bias", spec.gate_bias),
+        (f"{spec.gate_bias} gate bias", spec.gate_bias is not None),
         ("" if spec.indexer is None else _indexer(spec.indexer), spec.indexer is not None),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"scale {spec.scale}", spec.scale is not None),

@@ -53,21 +53,21 @@ class GroupedQueryAttentionSpec(Part):
     head that enters the softmax and carries no value (gpt-oss; Xiao et al. 2023, arXiv 2309.17453); `projected_sinks`:
     the logit is a projection of the query's input. `gate`: the heads' output is multiplied by the sigmoid of a
     projection of the layer's input, one gate per head or per feature (Qiu et al. 2025, arXiv 2505.06708);
-    `gate_function`: or by its softplus (Laguna); `gate_bias`: the projection has a bias per head (Beam). `softcap`:
-    scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). `scale` multiplies the scores; null is
-    `1 / sqrt(head_dim)`. `relative` adds a bias by distance and query behind all this. `qk_l2_clip`: queries, times a
-    learned scale, and keys that are longer than this L2 norm are shortened to it, before RoPE. `kv_convolution`: a
-    short convolution of the projected keys, and one of the values, before any norm. `clip`: queries and keys (after a
-    norm before RoPE) and values are clipped to [-clip, clip] (MPT, DBRX, OLMoE). Values are `value_head_dim` wide
-    (null: `head_dim`) and multiplied by `value_multiplier` (MiMo-V2); `value_norm` normalizes them per head; with
-    `values_from_keys` values have no projection and equal the projected keys, before any norm and RoPE (both: Gemma 4).
-    `value_residual`: values are mixed with those of the model's first layer, `(1 - mix) * own + mix * first`; mix is
-    learned, initially 0.5 (Zhou et al. 2024, arXiv 2410.17897). `keys_of_layer`: KV sharing, keys and values are those
-    of that earlier layer (index from 0, repeats expanded), and this layer has no key or value projections and no cache
-    (Gemma 3n, 4; Brandon et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and values mix those of the last
-    tokens, before any norm. `key_temperature`: keys, after norm and rotation, are multiplied by a learned number per
-    head (both: ZAYA1). `indexer`: a query attends to the blocks of tokens that it chooses (Qwen4,
-    MiniMax-M3).
+    `gate_function`: or by its softplus (Laguna); `gate_bias`: the projection has a bias, per head (Beam) or feature.
+    `softcap`: scores become `softcap * tanh(score / softcap)` (Gemma 2, arXiv 2408.00118). `scale` multiplies the
+    scores; null is `1 / sqrt(head_dim)`. `relative` adds a bias by distance and query behind all this. `qk_l2_clip`:
+    queries, times a learned scale, and keys that are longer than this L2 norm are shortened to it, before RoPE.
+    `kv_convolution`: a short convolution of the projected keys, and one of the values, before any norm. `clip`: queries
+    and keys (after a norm before RoPE) and values are clipped to [-clip, clip] (MPT, DBRX, OLMoE). Values are
+    `value_head_dim` wide (null: `head_dim`) and multiplied by `value_multiplier` (MiMo-V2); `value_norm` normalizes
+    them per head; with `values_from_keys` values have no projection and equal the projected keys, before any norm and
+    RoPE (both: Gemma 4). `value_residual`: values are mixed with those of the model's first layer, `(1 - mix) * own +
+    mix * first`; mix is learned, initially 0.5 (Zhou et al. 2024, arXiv 2410.17897). `keys_of_layer`: KV sharing, keys
+    and values are those of that earlier layer (index from 0, repeats expanded), and this layer has no key or value
+    projections and no cache (Gemma 3n, 4; Brandon et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and
+    values mix those of the last tokens, before any norm. `key_temperature`: keys, after norm and rotation, are
+    multiplied by a learned number per head (both: ZAYA1). `indexer`: a query attends to the blocks of tokens that it
+    chooses (Qwen4, MiniMax-M3).
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -87,7 +87,7 @@ class GroupedQueryAttentionSpec(Part):
     sinks: bool = False
     gate: Literal["headwise", "elementwise"] | None = None
     gate_function: Literal["sigmoid", "softplus"] = "sigmoid"
-    gate_bias: bool = False
+    gate_bias: Literal["headwise", "elementwise"] | None = None
     softcap: PositiveFloat | None = None
     scale: PositiveFloat | None = None
     relative: RelativePositionSpec | None = None
@@ -136,12 +136,7 @@ class GroupedQueryAttentionSpec(Part):
                 "is null, but qk_norm_over or qk_norm_after_rotation is set",
                 "Add qk_norm: {}, or remove these options",
             )
-        if self.gate is None and (self.gate_function != "sigmoid" or self.gate_bias):
-            raise impossible(
-                "gate",
-                "is null, but gate_function or gate_bias is set",
-                "Use gate: headwise or elementwise, or remove these options",
-            )
+        self._check_gate()
         if self.window is not None and self.chunk is not None:
             raise impossible(
                 "chunk", f"is {self.chunk}, but window is also set to {self.window}", "Set only one of them"
@@ -190,6 +185,16 @@ class GroupedQueryAttentionSpec(Part):
                 f"is set, but values of {self.num_kv_heads} heads of width {self.value_dim} have no halves",
                 "Use an even width",
             )
+
+    def _check_gate(self) -> None:
+        if self.gate is None and (self.gate_function != "sigmoid" or self.gate_bias is not None):
+            raise impossible(
+                "gate",
+                "is null, but gate_function or gate_bias is set",
+                "Use gate: headwise or elementwise, or remove these options",
+            )
+        if self.gate == "headwise" and self.gate_bias == "elementwise":
+            raise impossible("gate_bias", "is elementwise, but gate is headwise", "Use the same for both")
 
     def _check_indexer(self) -> None:
         """Raise if an indexer chooses among tokens of which another option leaves some out, or rotates too few."""

@@ -186,9 +186,13 @@ CASES = {
         "shared (x.yaml). Use bias: false.",
     ),
     "gate_bias without gate": (
-        attention(gate_bias=True),
+        attention(gate_bias="headwise"),
         f"{ATTENTION}.gate is null, but gate_function or gate_bias is set (x.yaml). Use gate: headwise or elementwise, "
         "or remove these options.",
+    ),
+    "elementwise gate_bias of a headwise gate": (
+        attention(gate="headwise", gate_bias="elementwise"),
+        f"{ATTENTION}.gate_bias is elementwise, but gate is headwise (x.yaml). Use the same for both.",
     ),
     "n-gram embeddings whose features are not divisible": (
         model(layer(ngram_embeddings=NGRAMS | {"dim": 6})),

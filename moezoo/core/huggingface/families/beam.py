@@ -34,7 +34,7 @@ def spec(fields: Fields) -> ModelSpec:
                 qkv_bias=bias,
                 output_bias=bias,
                 gate="elementwise",
-                gate_bias=True,
+                gate_bias="headwise",
                 temperature_tuning=None if _has_rope(fields, window is None) else TEMPERATURE,
             ),
             feed_forward if is_dense else moe,

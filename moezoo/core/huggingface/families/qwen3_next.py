@@ -52,8 +52,13 @@ def hybrid(fields: Fields, renormalize: bool, dense: list[bool], *, num_experts:
     return parts.model(fields, layers, norm=norm)
 
 
+def gate_biases(bias: bool) -> dict[str, Any]:
+    """Return the options of attention whose projections have biases, that of queries and gate among them."""
+    return {"qkv_bias": bias, "output_bias": bias, "gate_bias": "elementwise" if bias else None}
+
+
 def _mixers(fields: Fields, norm: RMSNormSpec) -> dict[str, AttentionSpec]:
-    fields.expect("attention_bias", False)  # the gate is part of the query projection, and ours has no bias
+    bias = fields.flag("attention_bias", False)
     fields.expect("attn_output_gate", True)
     return {
         "full_attention": parts.attention(
@@ -64,6 +69,7 @@ def _mixers(fields: Fields, norm: RMSNormSpec) -> dict[str, AttentionSpec]:
             head_dim=256,
             qk_norm=norm,
             gate="elementwise",
+            **gate_biases(bias),
         ),
         "linear_attention": GatedDeltaAttentionSpec(
             num_key_heads=fields.count("linear_num_key_heads", 16),
@@ -103,6 +109,14 @@ SHARED_TENSORS: tuple[Fused, ...] = (
             Tensor(f"{FULL}.o_proj.weight", "d (n h)", f"{ATTENTION}.w_output", "n h d"),
         ),
     ),
+    Fused(
+        f"{FULL}.q_proj.bias",
+        "(n x)",
+        (Part(f"{ATTENTION}.b_query", "h", "n h"), Part(f"{ATTENTION}.b_gate", "h", "n h")),
+    ),
+    Tensor(f"{FULL}.k_proj.bias", "(m h)", f"{ATTENTION}.b_key", "m h"),
+    Tensor(f"{FULL}.v_proj.bias", "(m h)", f"{ATTENTION}.b_value", "m h"),
+    Tensor(f"{FULL}.o_proj.bias", "d", f"{ATTENTION}.b_output", "d"),
     *parts.qk_norm(),
     Fused(f"{DELTA}.conv1d.weight", "x 1 w", CONVOLVED),
     Tensor(f"{DELTA}.dt_bias", "n", f"{ATTENTION}.decay_bias", "n"),

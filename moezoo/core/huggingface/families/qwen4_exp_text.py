@@ -5,7 +5,7 @@ from typing import Any
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.families.qwen3_5_moe_text import FAMILY as QWEN35
-from moezoo.core.huggingface.families.qwen3_next import ATTENTION, FULL
+from moezoo.core.huggingface.families.qwen3_next import ATTENTION, FULL, gate_biases
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
@@ -54,7 +54,6 @@ def _mixers(fields: Fields, number: int, norm: RMSNormSpec) -> list[AttentionSpe
         norm=RMSNormSpec(epsilon=norm.epsilon),
         gate=gate,
     )
-    fields.expect("attention_bias", False)  # the gate is part of the query projection, and ours has no bias
     attention = parts.attention(
         fields,
         # For text only, the three positions of multimodal RoPE are equal.
@@ -63,6 +62,7 @@ def _mixers(fields: Fields, number: int, norm: RMSNormSpec) -> list[AttentionSpe
         head_dim=256,
         qk_norm=norm,
         gate="elementwise",
+        **gate_biases(fields.flag("attention_bias", False)),
         indexer=None if set(types) == {"linear_attention"} else _indexer(fields, norm),
     )
     return [delta if kind == "linear_attention" else attention for kind in types]
