@@ -155,7 +155,9 @@ def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: jax.Array) -> jax.A
     best, _ = _highest(of_group, groups.keep)
     group_E = jnp.arange(num_experts) // (num_experts // groups.num_groups)
     kept_PE = jnp.any(group_E[None, :, None] == best[:, None, :], axis=-1)
-    return jnp.where(kept_PE, value_PE, -jnp.inf)
+    if groups.others == "never":
+        return jnp.where(kept_PE, value_PE, -jnp.inf)
+    return jnp.where(kept_PE, value_PE, jnp.where(value_PE > -jnp.inf, 0.0, -jnp.inf))
 
 
 def _sparsemixer(

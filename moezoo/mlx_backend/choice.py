@@ -153,7 +153,9 @@ def _in_kept_groups(groups: GroupedTopKChoiceSpec, value_PE: mx.array) -> mx.arr
     best, _ = _highest(of_group, groups.keep)
     group_E = mx.arange(num_experts) // (num_experts // groups.num_groups)
     kept_PE = mx.any(group_E[None, :, None] == best[:, None, :], axis=-1)
-    return mx.where(kept_PE, value_PE, -mx.inf)
+    if groups.others == "never":
+        return mx.where(kept_PE, value_PE, -mx.inf)
+    return mx.where(kept_PE, value_PE, mx.where(value_PE > -mx.inf, 0.0, -mx.inf))
 
 
 def _sparsemixer(

@@ -39,6 +39,8 @@ class MoE(nn.Module):
         self.experts = Experts(spec.experts, weights.inside("experts"))
         if spec.latent_dim is not None:
             self.w_latent = weights.parameter("w_latent")
+            if spec.latent_bias:
+                self.b_latent = weights.parameter("b_latent")
             self.w_output = weights.parameter("w_output")
         if spec.zero_computation is not None:
             self.constant_experts = ConstantExperts(spec.zero_computation, weights.inside("constant_experts"))
@@ -82,6 +84,7 @@ class MoE(nn.Module):
         input_P = routed_PD
         if spec.latent_dim is not None:
             input_P = projection.einsum("PD,DZ->PZ", routed_PD, self.w_latent.astype(dtype))
+            input_P = input_P + self.b_latent.astype(dtype) if spec.latent_bias else input_P
         dispatched = None
         few = _indexes_experts(spec, len(x_PD), x_BTD.shape[0], inference=context.inference)
         if few and indexes_experts(self.experts, dtype):

@@ -278,6 +278,22 @@ def test_groups_of_negative_values_are_out_all_the_same(twin):
     assert np.all(expert_PK // 2 == (np.argmax(logits_PE, axis=-1) // 2)[:, None])
 
 
+def test_experts_of_other_groups_may_count_as_zero(twin):
+    """They are chosen before negative values of the kept group, the first ones first, but not if they are excluded."""
+    groups = GroupedTopKChoiceSpec(num_groups=2, keep=1, group_value="top2", others="zero")
+    spec = router(groups, top_k=5, score="sigmoid", selection_bias=SelectionBiasSpec())
+    row = np.array([[0.5, -0.2, 0.4, -0.9, -0.1, 0.3, -0.3, -0.4], [-0.1, -9, -0.3, -0.2, -9, -9, -9, -9]])
+    selection_PE = np.array([row[0], row[0], row[1]])
+    selection_PE[1, 5] = -np.inf
+    expected = [[0, 2, 4, 5, 6], [0, 2, 4, 6, 7], [4, 5, 6, 7, 0]]
+    given = (np.zeros((3, E)), np.full((3, E), 0.5), selection_PE)
+    np.testing.assert_array_equal(choose(spec, *given).expert_PK, expected)
+    np.testing.assert_array_equal(
+        twin.numpy(twin.module("choice").choose(spec, *map(twin.array, given)).expert_PK), expected
+    )
+    assert router(GroupedTopKChoiceSpec(num_groups=4, keep=2, others="zero")).selection_basis == "score"
+
+
 # --- what each kind is, written out ----------------------------------------------------------------------------------
 
 

@@ -64,11 +64,11 @@ SPECS = {
     "shared, not clamped": moe_of(
         experts=ClampedSwiGLUSpec(hidden_dim=F, limit=0.5), shared=SharedExpertsSpec(hidden_dim=9, activation="swiglu")
     ),
-    "shared, with biases alone": moe_of(shared=SharedExpertsSpec(hidden_dim=9, bias=True)),
+    "shared, with biases alone": moe_of(shared=SharedExpertsSpec(hidden_dim=9, bias=True, activation="exact_geglu")),
     "parallel": moe_of(shared=ParallelFeedForwardSpec(feed_forward=PlainFeedForwardSpec(kind="relu", hidden_dim=9))),
     "weight on input": moe_of(router=ON_INPUT, dispatch=CapacitySpec(factor=0.6)),
     "output norm": moe_of(shared=SharedExpertsSpec(hidden_dim=9), output_norm=RMSNormSpec()),
-    "latent": moe_of(latent_dim=11, shared=SharedExpertsSpec(hidden_dim=9)),
+    "latent": moe_of(latent_dim=11, latent_bias=True, shared=SharedExpertsSpec(hidden_dim=9)),
     "latent, weight on input": moe_of(latent_dim=11, router=ON_INPUT),
     "without computation": moe_of(zero_computation=ZERO),
     "without computation, capacity": moe_of(zero_computation=ZERO, dispatch=CapacitySpec(factor=0.7), latent_dim=11),
@@ -347,7 +347,7 @@ def test_record_holds_the_same_names_and_values_as_the_references(twin):
         ("capacity of sequences", ("router.w_router",)),
         ("shared behind a gate", ("w_shared_gate",)),
         ("parallel", ("routed_input_norm.scale", "routed_output_norm.scale", "shared_output_norm.scale")),
-        ("latent, weight on input", ("w_latent", "w_output")),
+        ("latent", ("w_latent", "b_latent", "w_output")),
         ("without computation, capacity", ("router.w_router", "constant_experts.constant", "constant_experts.w_mix")),
     ],
 )

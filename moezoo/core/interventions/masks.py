@@ -79,7 +79,7 @@ def _check_excluded(layer: int, moe: MoESpec, excluded_BE: NDArray[np.bool_]) ->
         )
     left_BE, where = ~excluded_BE, f"in layer {layer}"
     left_B = left_BE.sum(axis=-1)
-    if isinstance(choice, GroupedTopKChoiceSpec):
+    if isinstance(choice, GroupedTopKChoiceSpec) and choice.others == "never":
         # The groups of a token may be the smallest ones; those without an expert are only taken for want of others.
         left_BG = left_BE.reshape(len(left_BE), choice.num_groups, -1).sum(axis=-1)
         rising_BG = np.sort(np.where(left_BG > 0, left_BG, moe.num_choices + 1), axis=-1)[:, : choice.keep]

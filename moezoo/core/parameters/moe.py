@@ -21,6 +21,8 @@ def moe_rows(rows: Rows, name: str, spec: MoESpec, previous: int | None) -> Iter
     yield from router_rows(rows, f"{name}.router", spec, previous)
     if z is not None:
         yield rows.matrix(f"{name}.w_latent", (d, z), ("embed", "latent"), "routed experts")
+        if spec.latent_bias:
+            yield rows.vector(f"{name}.b_latent", (z,), ("latent",), "routed experts")
     yield from feed_forward_rows(
         rows, f"{name}.experts", spec.experts, "routed experts", num_experts=spec.num_experts, latent_dim=z
     )

@@ -126,7 +126,7 @@ def choose(
     | choice | experts of a token |
     |---|---|
     | `top_k`, `noisy_top_k` | the K of the highest selection value |
-    | `grouped_top_k` | the same among the experts of the groups of the highest value; others are minus infinity |
+    | `grouped_top_k` | the same among the experts of the groups of the highest value; others are minus infinity or 0 |
     | `top_p` | the first n of the K highest, where n - 1 of them have scores that sum to less than p |
     | `hash` | those of the table |
     | `sparsemixer` | one or two draws from a softmax over the logits near the best; see `_sparsemixer` |
@@ -208,8 +208,9 @@ def _highest(value_PE: Array, count: int) -> tuple[Array, Array]:
 
 
 def _in_kept_groups(spec: RouterSpec, groups: GroupedTopKChoiceSpec, value_PE: Array) -> tuple[Array, Array]:
-    """Return the values, minus infinity outside the `keep` best groups (ties to the lower), and the groups' margin.
+    """Return the values, those outside the `keep` best groups (ties to the lower) replaced, and the groups' margin.
 
+    Outside they are minus infinity, or with `others: zero` 0, unless the expert is excluded.
     The value of a group is its highest, or the sum of its two highest: of a group with one expert left, that one's.
     """
     tokens, num_experts = value_PE.shape
@@ -221,7 +222,8 @@ def _in_kept_groups(spec: RouterSpec, groups: GroupedTopKChoiceSpec, value_PE: A
     best, _ = _highest(of_group, groups.keep)
     group_E = np.arange(num_experts) // (num_experts // groups.num_groups)
     kept_PE = np.any(group_E[None, :, None] == best[:, None, :], axis=-1)
-    return np.where(kept_PE, value_PE, -np.inf), _boundary(spec, of_group, np.full(tokens, groups.keep))
+    other_PE = np.where((value_PE > -np.inf) & (groups.others == "zero"), 0.0, -np.inf)
+    return np.where(kept_PE, value_PE, other_PE), _boundary(spec, of_group, np.full(tokens, groups.keep))
 
 
 def _in_nucleus(

@@ -28,8 +28,9 @@ def moe(
 
     `out = sum over chosen experts of weight * expert(x)`, plus shared experts, which compute every token
     (`with_shared`), and experts that compute nothing (`without_computation`). With `apply_to: input` it is the sum of
-    `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent`, and w_output follows their sum; the router,
-    shared experts and those without computation stay outside. Last come `output_norm` and `output_bias`, if set.
+    `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent`, plus a bias if there is one, and w_output
+    follows their sum; the router, shared experts and those without computation stay outside. Last come `output_norm`
+    and `output_bias`, if set.
 
     Args:
         spec: the MoE layer.
@@ -50,7 +51,10 @@ def moe(
         routed_PD = normalize(spec.shared.norm, inside(parameters, "routed_input_norm"), raw_PD)
     routing = route(spec.router, inside(parameters, "router"), raw_PD, context)
     dispatched = dispatch(spec, routing, num_sequences=x_BTD.shape[0], inference=context.inference)
-    input_P = routed_PD if spec.latent_dim is None else adapter.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
+    input_P = routed_PD
+    if spec.latent_dim is not None:
+        input_P = adapter.einsum("PD,DZ->PZ", routed_PD, parameters["w_latent"])
+        input_P = input_P + parameters["b_latent"] if spec.latent_bias else input_P
     out_PD = run_experts(spec, inside(parameters, "experts"), input_P, dispatched)
     if spec.latent_dim is not None:
         out_PD = adapter.einsum("PZ,ZD->PD", out_PD, parameters["w_output"])

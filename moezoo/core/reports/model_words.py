@@ -327,7 +327,7 @@ def _heads(spec: MoESpec) -> str:
 def _moe(spec: MoESpec) -> str:
     parts = [f"{choice_in_words(spec)} of {spec.num_experts} experts, {_feed_forward(spec.experts)}"]
     if spec.latent_dim is not None:
-        parts.append(f"in a latent space of {spec.latent_dim}")
+        parts.append(f"in a latent space of {spec.latent_dim}" + (" with a bias" if spec.latent_bias else ""))
     if spec.zero_computation is not None:
         free = spec.zero_computation
         parts.append(f"{free.num_zero} zero, {free.num_copy} copy, {free.num_constant} constant")

@@ -99,14 +99,16 @@ class MoESpec(Part):
     """MoE layer (mixture-of-experts feed-forward): Router -> Dispatch -> Experts -> Combine, plus shared experts.
 
     `num_experts`: at most 2**20, as in He 2024, arXiv 2407.04153 (a million experts). `latent_dim`: the routed experts
-    run at this width, between two shared projections (Nemotron-3). `output_norm` normalizes the layer's output, the
-    sum of routed and shared experts (A.X-K1); null: none. `output_bias`: a bias is added to it (JetMoE).
+    run at this width, between two shared projections (Nemotron-3); `latent_bias`: the first of them has a bias.
+    `output_norm` normalizes the layer's output, the sum of routed and shared experts (A.X-K1); null: none.
+    `output_bias`: a bias is added to it (JetMoE).
     """
 
     num_experts: Annotated[int, Field(ge=1, le=1 << 20)]
     router: RouterSpec
     experts: ExpertsSpec
     latent_dim: PositiveInt | None = None
+    latent_bias: bool = False
     zero_computation: ZeroComputationSpec | None = None
     shared: SharedSpec | None = None
     output_norm: NormSpec | None = None
@@ -186,6 +188,8 @@ class MoESpec(Part):
                 f"is {self.router.top_k}, but {known} is {self.num_choices}",
                 f"Use top_k <= {self.num_choices}",
             )
+        if self.latent_bias and self.latent_dim is None:
+            raise impossible("latent_bias", "is true, but latent_dim is null", "Set latent_dim, or remove it")
         kinds = [loss.kind for loss in self.losses]
         if len(set(kinds)) < len(kinds):
             raise impossible(
@@ -256,7 +260,7 @@ class MoESpec(Part):
                 f"is {choice.keep}, but num_groups is {choice.num_groups}",
                 f"Use keep <= {choice.num_groups}",
             )
-        if self.router.top_k > choice.keep * size:
+        if choice.others == "never" and self.router.top_k > choice.keep * size:
             raise impossible(
                 "router.top_k",
                 f"is {self.router.top_k}, but the {choice.keep} kept groups have {choice.keep * size} experts",

@@ -24,14 +24,16 @@ class GroupedTopKChoiceSpec(Part):
     """Group-limited top-k: top-k among the experts of the `keep` best of `num_groups` groups of consecutive experts.
 
     A group is ranked by `group_value`: the `max` of its experts' values (DeepSeek-V2, arXiv 2405.04434, section 2.2.2:
-    device-limited routing) or the sum of its `top2` (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Experts of other
-    groups are never chosen, whatever their value (masked with minus infinity, not zero).
+    device-limited routing) or the sum of its `top2` (DeepSeek-V3, arXiv 2412.19437, section 2.1.2). Experts of `others`
+    are `never` chosen, or count as if their value were `zero`: they are chosen before experts of kept groups whose
+    biased score is negative, the first ones first (A.X-K2, transformers 5.23).
     """
 
     kind: Literal["grouped_top_k"] = "grouped_top_k"
     num_groups: PositiveInt
     keep: PositiveInt
     group_value: Literal["max", "top2"] = "max"
+    others: Literal["never", "zero"] = "never"
 
 
 class NoisyTopKChoiceSpec(Part):
@@ -210,12 +212,12 @@ class RouterSpec(Part):
 
         Every score function preserves the order of a token's logits, and logits neither underflow nor saturate to
         ties. So logits replace the scores wherever only that order matters: not with a bias, with sums over a group,
-        or in a comparison between tokens.
+        or in a comparison between tokens or with zero.
         """
         if self.select_on == "logits" or self.score == "none":
             return "logits"
         match self.choice:
-            case ExpertChoiceSpec() | GroupedTopKChoiceSpec(group_value="top2"):
+            case ExpertChoiceSpec() | GroupedTopKChoiceSpec(group_value="top2") | GroupedTopKChoiceSpec(others="zero"):
                 return "score"
             case _:
                 return "logits" if self.selection_bias is None else "score"

@@ -18,14 +18,15 @@ class SharedExpertsSpec(Part):
     shared experts too, their scores take part in the renormalization of the weights, and each is multiplied by its
     weight: what a token does not need of the routed experts goes to the shared ones (Thinking Machines 2026: Inkling,
     the code in transformers). `bias`: set where the shared experts differ from the routed ones (possible in ERNIE 4.5);
-    null: as the routed experts; likewise `activation`, where only the routed ones are clamped (HY-V4).
+    null: as the routed experts; likewise `activation`, where only the routed ones are clamped (HY-V4), or always have
+    SiLU (Aria).
     """
 
     kind: Literal["sum", "sigmoid_gated", "average", "sink"] = "sum"
     num_experts: PositiveInt = 1
     hidden_dim: PositiveInt
     bias: bool | None = None
-    activation: Literal["swiglu"] | None = None
+    activation: Literal["swiglu", "geglu", "exact_geglu", "reglu", "relu_squared_glu"] | None = None
 
 
 class ParallelFeedForwardSpec(Part):

@@ -185,6 +185,10 @@ CASES = {
         "model.layers[0].moe.shared.bias is true, but with kind sink each shared expert has a weight, and biases are "
         "shared (x.yaml). Use bias: false.",
     ),
+    "latent_bias without a latent space": (
+        model(layer(moe=moe_of({}, latent_bias=True))),
+        "model.layers[0].moe.latent_bias is true, but latent_dim is null (x.yaml). Set latent_dim, or remove it.",
+    ),
     "gate_bias without gate": (
         attention(gate_bias="headwise"),
         f"{ATTENTION}.gate is null, but gate_function or gate_bias is set (x.yaml). Use gate: headwise or elementwise, "
