@@ -76,10 +76,7 @@ add("deepseek_v3", "MLA with yarn, sigmoid scores with bias, 2 of 4 groups", kee
 
 # --- one main case per family
 
-add(
-    "deepseek_v2_lite",
-    "deepseek_v2 in Lite's shape: no query low-rank, no rope scaling, plain top-k, no renormalization",
-    keep_hidden=True,
+DEEPSEEK_V2_LITE = dict(
     model_type="deepseek_v2",
     num_hidden_layers=3,
     intermediate_size=40,
@@ -100,6 +97,12 @@ add(
     rope_theta=1e4,
     rope_scaling=None,
     **MLA | dict(q_lora_rank=None),
+)
+add(
+    "deepseek_v2_lite",
+    "deepseek_v2 in Lite's shape: no query low-rank, no rope scaling, plain top-k, no renormalization",
+    keep_hidden=True,
+    **DEEPSEEK_V2_LITE,
 )
 add(
     "deepseek_v32",
@@ -723,13 +726,7 @@ add(
 )
 
 
-add(
-    "longcat_flash",
-    "two MLA and two dense feed-forwards per layer, the MoE layer as a shortcut, 7 experts and 3 identities",
-    keep_hidden=True,
-    as_on_the_hub=without_identity_rows,
-    for_transformers=with_identity_rows,
-    laws={"correction": {"mean": 0.0, "std": 0.02}},
+LONGCAT_FLASH = dict(
     model_type="longcat_flash",
     num_hidden_layers=...,
     num_layers=2,
@@ -748,6 +745,15 @@ add(
     head_dim=8,
     rope_theta=1e7,
     **MLA,
+)
+add(
+    "longcat_flash",
+    "two MLA and two dense feed-forwards per layer, the MoE layer as a shortcut, 7 experts and 3 identities",
+    keep_hidden=True,
+    as_on_the_hub=without_identity_rows,
+    for_transformers=with_identity_rows,
+    laws={"correction": {"mean": 0.0, "std": 0.02}},
+    **LONGCAT_FLASH,
 )
 DELTA = dict(
     linear_conv_kernel_dim=4,

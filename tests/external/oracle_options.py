@@ -25,6 +25,7 @@ from oracle_families import (
     AXK2,
     BAILING_HYBRID,
     COHERE2_MOE,
+    DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
     DELTA,
     DOTS3_NOTE,
@@ -41,6 +42,7 @@ from oracle_families import (
     KIMI_LINEAR,
     LAGUNA,
     LLAMA4,
+    LONGCAT_FLASH,
     MINIMAX_M3,
     MISTRAL4,
     MIXTRAL,
@@ -201,9 +203,14 @@ add(
 )
 add(
     "axk2_list",
-    "dense layers by list, top 30 of up to 36 keys, biases, no yarn, no renormalization, 2 shared experts, tied head",
+    "dense layers by list, top 30 of up to 36 keys, biases, no yarn, no renormalization, 2 shared experts, tied head; "
+    "experts of the other group count as zero, and biases are low enough that they are chosen",
+    laws={"correction": {"mean": -1.5, "std": 0.8}},
     **AXK2
     | dict(
+        n_routed_experts=4,
+        n_group=2,
+        topk_group=1,
         attention_bias=True,
         first_k_dense_replace=...,
         moe_layer_freq=...,
@@ -214,6 +221,16 @@ add(
         rope_scaling=None,
         tie_word_embeddings=True,
     ),
+)
+add(
+    "deepseek_v2_bias",
+    "biases of attention, of dense and shared feed-forwards, but not of experts; exact GELU",
+    **DEEPSEEK_V2_LITE | dict(num_hidden_layers=2, attention_bias=True, mlp_bias=True, hidden_act="gelu"),
+)
+add(
+    "nemotron_h_latent_bias",
+    "biases of the projections to and from the latent space, of dense and shared feed-forwards",
+    **NEMOTRON | dict(layers_block_type=["linear_attention", "moe", "full_attention", "mlp"], mlp_bias=True),
 )
 add(
     "axk1_no_bias",
@@ -293,7 +310,7 @@ ARIA_NAMES = (
 )
 add(
     "aria",
-    "inside the multimodal wrapper: one kv head for two heads, biases, one shared expert",
+    "inside the multimodal wrapper: one kv head for two heads, biases, one shared expert, of GELU",
     as_on_the_hub=renamed(*ARIA_NAMES),
     for_transformers=unwrapped(*ARIA_NAMES),
     wrapper={
@@ -306,7 +323,9 @@ add(
         "projector_patch_to_query_dict": {"1225": 128, "4900": 256},
         "vision_config": {"model_type": "idefics3_vision", "hidden_size": 24, "num_hidden_layers": 1},
     },
-    **ARIA | dict(num_key_value_heads=2, head_dim=12, attention_bias=True, mlp_bias=True, moe_num_shared_experts=1),
+    **ARIA
+    | dict(num_key_value_heads=2, head_dim=12, attention_bias=True, mlp_bias=True, moe_num_shared_experts=1)
+    | dict(hidden_act="gelu"),
 )
 add(
     "hy_v3_bias",
@@ -618,6 +637,12 @@ add(
     layer_types=["full_attention", "sliding_attention", "full_attention"],
     sliding_window=8,
     rope_theta=1e4,
+)
+add(
+    "longcat_flash_bias",
+    "no identities, attention biases, GELU under another name",
+    laws={"correction": {"mean": 0.0, "std": 0.02}},
+    **LONGCAT_FLASH | dict(num_layers=1, zero_expert_num=0, attention_bias=True, hidden_act="gelu_fast"),
 )
 add(
     "mistral4_plain",

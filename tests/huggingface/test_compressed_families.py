@@ -53,7 +53,7 @@ def test_only_layers_with_entries_are_scaled_and_attention_is_not_sharpened() ->
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("scoring_func", "softmax"), ("n_shared_experts", 2), ("norm_topk_prob", False), ("num_key_value_heads", 2)],
+    [("scoring_func", "softmax"), ("norm_topk_prob", False), ("num_key_value_heads", 2)],
 )
 def test_options_that_transformers_ignores_or_lacks_are_refused(field: str, value: Any) -> None:
     with pytest.raises(SpecError, match=f"{field} is "):

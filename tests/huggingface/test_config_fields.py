@@ -44,8 +44,8 @@ IDLE = {
     "head_dim": ("bailing_hybrid*",),  # overridden by linear_head_dim
     "kda_lower_bound": ("bailing_hybrid_softplus",),
     "topk_group": (
-        *("bailing_hybrid_softplus", "dots1_plain", "glm4_moe", "glm_moe_dsa", "hy_v4", "kimi_linear_query_rank"),
-        "nemotron_h",
+        *("axk2", "bailing_hybrid_softplus", "dots1_plain", "glm4_moe", "glm_moe_dsa", "hy_v4"),
+        *("kimi_linear_query_rank", "nemotron_h", "nemotron_h_latent_bias"),
     ),
     "position_embedding_type": ("granitemoehybrid",),
     "attn_layer_period": ("jamba",),

@@ -8,6 +8,8 @@ import pytest
 
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpoint
+from moezoo.core.huggingface.families.longcat_flash import FAMILY as LONGCAT
+from moezoo.core.huggingface.ledger import first_rules
 from moezoo.core.spec import ModelSpec, TemperatureTuningSpec, TopKChoiceSpec
 from tests.support.fixtures import read_fixture, write_described
 
@@ -28,7 +30,6 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
         ("deepseek_v2", {"norm_topk_prob": True}, "norm_topk_prob is true; expected false"),
         ("deepseek_v2", {"topk_method": "noaux_tc"}, 'topk_method is "noaux_tc"; expected one of greedy'),
         ("deepseek_v2", {"scoring_func": "sigmoid"}, 'scoring_func is "sigmoid"; expected "softmax"'),
-        ("deepseek_v2", {"mlp_bias": True}, "mlp_bias is true; expected false"),
         ("deepseek_v2", {"moe_layer_freq": 2}, "moe_layer_freq is 2; expected 1"),
         ("deepseek_v3", {"topk_method": "greedy"}, 'topk_method is "greedy"; expected "noaux_tc"'),
         ("deepseek_v32", {"layer_types": ["full_attention"] * 3}, r"layer_types is .* one of indexed_attention"),
@@ -44,7 +45,6 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
         ("hy_v4", {"indexer_types": ["shared", "full", "full", "full"]}, "indexer_types is .* the first one full"),
         ("hy_v4", {"n_shared_experts": 0}, "n_shared_experts is 0; expected at least 1"),
         ("hy_v4", {"hc_mult": 0}, "hc_mult is 0"),
-        ("axk2", {"n_group": 4, "topk_group": 2}, "n_group is 4; expected 1"),
         ("axk2", {"rope_interleave": False}, "rope_interleave is false; expected true"),
         ("axk1", {"first_k_dense_replace": 2}, "mlp_layer_types is .* which follows from first_k_dense_replace 2"),
         ("glm4_moe_lite", {"mlp_layer_types": ..., "first_k_dense_replace": 2}, "first_k_dense_replace is 2; exp"),
@@ -60,8 +60,7 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
         ("longcat_flash", {"attention_method": "MHA"}, 'attention_method is "MHA"; expected "MLA"'),
         ("longcat_flash", {"qk_head_dim": 20}, "qk_head_dim is 20; expected 18"),
         ("longcat_flash", {"head_dim": 16}, "head_dim is 16; expected 8"),
-        ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob is true; expected false"),
-        ("longcat_flash", {"router_bias": True}, "router_bias is true; expected false"),
+        ("longcat_flash", {"norm_topk_prob": True}, "norm_topk_prob is true; expected false, because transf"),
         ("phimoe", {"num_experts_per_tok": 3}, "num_experts_per_tok is 3; expected 2"),
     ],
 )
@@ -112,6 +111,15 @@ def test_a_longcat_layer_becomes_two_layers(tmp_path: Path) -> None:
     assert [layer.shortcut for layer in spec.all_layers] == [True, False] * 2
     assert spec.moe_layers == (0, 2)
     assert spec_of("longcat_flash", tmp_path, zero_expert_num=0).layers[0].moe.zero_computation is None
+
+
+def test_a_router_bias_of_longcat_is_added(tmp_path: Path) -> None:
+    """As by mlx-lm: transformers has the tensor, but neither adds nor trains it."""
+    spec = spec_of("longcat_flash", tmp_path, router_bias=True)
+    router = spec.moes[0][1].router
+    assert router == spec_of("longcat_flash", tmp_path).moes[0][1].router.model_copy(update={"bias": True})
+    written = {ours: name for name, rule in first_rules(LONGCAT.tensors, spec).items() for ours in rule.ours}
+    assert written["layers.0.moe.router.b_router"] == "model.layers.0.mlp.router.classifier.bias"
 
 
 def test_gate_tensors_of_copy_experts_are_kept(tmp_path: Path) -> None:

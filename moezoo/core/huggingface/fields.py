@@ -271,11 +271,12 @@ class Fields:
             says = " and ".join(f"{other} {json.dumps(self.get(other)):.80}" for other in there)
             raise self.refuse(name, f"{json.dumps(value):.120}, which follows from {says}")
 
-    def expect(self, name: str, *values: Any) -> None:
-        """Check that the field is absent, null, or one of these values; no other is supported."""
+    def expect(self, name: str, *values: Any, because: str = "") -> None:
+        """Check that the field is absent, null, or one of these values; no other is supported, for the given reason."""
         value = self.get(name)
         if value is not None and value not in values:
-            raise self.refuse(name, " or ".join(json.dumps(known) for known in values) if values else "none")
+            known = " or ".join(json.dumps(each) for each in values) if values else "none"
+            raise self.refuse(name, f"{known}, because {because}" if because else known)
 
     def only_in_training(self, name: str) -> None:
         """Read a training-only field, such as a dropout rate, that moezoo does not apply; adds a note if it is set."""

@@ -28,9 +28,8 @@ def moe(
 
     `out = sum over chosen experts of weight * expert(x)`, plus shared experts, which compute every token
     (`with_shared`), and experts that compute nothing (`without_computation`). With `apply_to: input` it is the sum of
-    `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent`, plus a bias if there is one, and w_output
-    follows their sum; the router, shared experts and those without computation stay outside. Last come `output_norm`
-    and `output_bias`, if set.
+    `expert(weight * x)`. With a `latent_dim` the experts see `x w_latent + b_latent`, and w_output follows their sum;
+    the others and the router stay outside. Last come `output_norm` and `output_bias`. Biases and norm are optional.
 
     Args:
         spec: the MoE layer.

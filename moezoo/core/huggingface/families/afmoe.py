@@ -44,10 +44,11 @@ def spec(fields: Fields) -> ModelSpec:
 def _moe(fields: Fields) -> MoESpec:
     width, shared = fields.count("moe_intermediate_size"), fields.integer("num_shared_experts", 2)
     # Trap: released configs have these fields, but transformers ignores them and uses these values.
-    fields.expect("score_func", "sigmoid")
-    fields.expect("route_norm", True)
+    ignored = "transformers ignores it"
+    fields.expect("score_func", "sigmoid", because=ignored)
+    fields.expect("route_norm", True, because=ignored)
     for name in ("n_group", "topk_group", "num_expert_groups", "num_limited_groups"):
-        fields.expect(name, 1)
+        fields.expect(name, 1, because=ignored)
     return MoESpec(
         num_experts=fields.count(fields.either("num_experts", "num_local_experts"), 64),
         router=RouterSpec(

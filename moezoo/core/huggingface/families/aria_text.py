@@ -5,25 +5,27 @@ from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
-from moezoo.core.spec import ModelSpec, MoESpec, RouterSpec, SharedExpertsSpec
+from moezoo.core.spec import GatedFeedForwardSpec, ModelSpec, MoESpec, RouterSpec, SharedExpertsSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
     bias = fields.flag("attention_bias", False)
     attention = parts.attention(fields, parts.rope(fields), qkv_bias=bias, output_bias=bias)
-    fields.expect("hidden_act", "silu", "swish")  # of the shared experts alone: the routed ones always use SiLU
     # The first files name the width of experts separately; transformers has it in intermediate_size.
     width = fields.count("moe_intermediate_size", fields.count("intermediate_size"))
+    activation = parts.swiglu(fields, width).kind
     moe = MoESpec(
         num_experts=fields.count("moe_num_experts", 8),
         router=RouterSpec(
             top_k=fields.count("moe_topk", 2), score="none", weight="softmax_of_chosen", renormalize="none"
         ),
-        experts=parts.swiglu(fields, width),
+        experts=GatedFeedForwardSpec(hidden_dim=width),
         shared=SharedExpertsSpec(
             num_experts=fields.count("moe_num_shared_experts", 2),
             hidden_dim=width,
             bias=fields.flag("mlp_bias", False),
+            # Trap: hidden_act is of the shared experts alone.
+            activation=None if activation == "swiglu" else activation,
         ),
     )
     for loss in ("moe_aux_loss_coeff", "moe_z_loss_coeff"):  # of the first files; transformers has no loss

@@ -19,9 +19,8 @@ def spec(fields: Fields) -> ModelSpec:
         top_k=fields.count("index_topk", 2048),
     )
     attention = parts.latent_attention(fields, queries=384, indexer=indexer, raw_query_latent=True, query_gate=True)
-    fields.expect("n_group", 1)  # transformers masks experts of other groups with 0, not minus infinity
-    fields.expect("topk_group", 1)
-    moe = parts.grouped_sigmoid(fields, scale=2.5)
+    # Trap: experts of other groups are masked with 0, not minus infinity.
+    moe = parts.grouped_sigmoid(fields, scale=2.5, others="zero")
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     parts.layer_types(fields, number, ["indexed_attention"] * number, ("indexed_attention",))
     older = {"first_k_dense_replace": None, "moe_layer_freq": None}

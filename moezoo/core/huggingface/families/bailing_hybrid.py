@@ -33,14 +33,14 @@ def spec(fields: Fields) -> ModelSpec:
     types = parts.layer_types(fields, number, by_default, tuple(mixers), older={"layer_group_size": None})
     kinds = zip(types, dense_layers, strict=True)
     layers = [parts.layer(mixers[kind], dense if is_dense else moe) for kind, is_dense in kinds]
-    fields.expect("hidden_act", "silu")  # also of the convolutions
+    fields.expect("hidden_act", "silu", "swish", because=parts.SILU_CONVOLUTIONS)
     return parts.model(fields, layers, norm=norm)
 
 
 def _mixers(fields: Fields) -> Mapping[str, AttentionSpec]:
     for name, value in {"rope_interleave": True, "no_kda_lora": True, "use_bias": False, "use_qkv_bias": False}.items():
         fields.expect(name, value)
-    fields.expect("q_lora_rank")
+    fields.expect("q_lora_rank", because="transformers projects queries by one matrix in this family")
     rope = parts.rope(fields, base=6e6, layout="interleaved")
     heads, width = fields.count("num_attention_heads"), fields.count("head_dim", 128)
     fields.expect("linear_num_heads", heads)

@@ -18,10 +18,8 @@ from moezoo.core.spec import (
 def spec(fields: Fields) -> ModelSpec:
     fields.expect("rope_interleave", True)
     attention = parts.latent_attention(fields)
-    # Applies to dense and shared feed-forwards only; here shared experts are of the same kind as routed ones.
-    fields.expect("mlp_bias", False)
     moe = _moe(fields)
-    dense = parts.swiglu(fields, fields.count("intermediate_size"))
+    dense = parts.swiglu(fields, fields.count("intermediate_size"), bias=fields.flag("mlp_bias", False))
     first = fields.integer("first_k_dense_replace", 0)
     fields.expect("moe_layer_freq", 1)
     layers = [
@@ -32,8 +30,8 @@ def spec(fields: Fields) -> ModelSpec:
 
 def _moe(fields: Fields) -> MoESpec:
     fields.expect("scoring_func", "softmax")
-    # Trap: if true, DeepSeek's own code renormalizes and omits the scale; transformers ignores it.
-    fields.expect("norm_topk_prob", False)
+    # Trap: if true, DeepSeek's own code renormalizes and omits the scale.
+    fields.expect("norm_topk_prob", False, because="transformers ignores it and DeepSeek's own code does not")
     choice: ChoiceSpec = TopKChoiceSpec()
     if fields.choice("topk_method", {"greedy": False, "group_limited_greedy": True}, "greedy"):
         choice = GroupedTopKChoiceSpec(num_groups=fields.count("n_group"), keep=fields.count("topk_group"))
@@ -47,7 +45,10 @@ def _moe(fields: Fields) -> MoESpec:
             scale=fields.number("routed_scaling_factor", 1.0),
         ),
         experts=parts.swiglu(fields, width),
-        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width) if shared else None,
+        # Trap: routed experts have no biases.
+        shared=SharedExpertsSpec(num_experts=shared, hidden_dim=width, bias=fields.flag("mlp_bias", False) or None)
+        if shared
+        else None,
     )
 
 

@@ -20,7 +20,6 @@ def spec(fields: Fields) -> ModelSpec:
             top_k=fields.count("index_topk", 2048),
         ),
     )
-    fields.expect("mlp_bias", False)
     moe = parts.grouped_sigmoid(fields, groups=(8, 4), scale=2.5)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     number = fields.count("num_hidden_layers")
@@ -55,5 +54,5 @@ FAMILY = Family(
     mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
-    harmless=("head_dim", "max_position_embeddings", "qk_head_dim"),
+    harmless=("head_dim", "max_position_embeddings", "mlp_bias", "qk_head_dim"),  # transformers has no biases there
 )

@@ -75,7 +75,6 @@ def _hash_layers(fields: Fields, number: int) -> list[bool]:
 
 def _attention(fields: Fields, kind: str, norm: RMSNormSpec) -> CompressedAttentionSpec:
     fields.expect("num_key_value_heads", 1)
-    fields.expect("attention_bias", False)
     head_dim = fields.count("head_dim", 512)
     position = _rope(fields, "main" if kind == WINDOW else "compress", head_dim)
     return CompressedAttentionSpec(
@@ -178,8 +177,8 @@ def config(spec: ModelSpec) -> dict[str, Any]:
 
 def _moe(fields: Fields) -> tuple[MoESpec, MoESpec]:
     """Return the MoE layers that choose experts by token id, and by the router's scores."""
-    for name, value in (("hidden_act", "silu"), ("n_shared_experts", 1), ("norm_topk_prob", True)):
-        fields.expect(name, value)
+    fields.expect("hidden_act", "silu", "swish", because="clamped experts have SiLU")
+    fields.expect("norm_topk_prob", True, because="transformers ignores it")
     fields.expect("topk_method", "noaux_tc")
     scores = {"sqrtsoftplus": "sqrt_softplus", "sigmoid": "sigmoid"}
     router = RouterSpec(
@@ -270,5 +269,6 @@ FAMILY = Family(
     ),
     kept=("mtp.*", "model.mtp.*"),
     config=config,
-    harmless=("max_position_embeddings", "router_jitter_noise"),
+    # transformers has neither biases of attention nor more than one shared expert; the shapes of tensors show others.
+    harmless=("attention_bias", "max_position_embeddings", "n_shared_experts", "router_jitter_noise"),
 )

@@ -19,7 +19,6 @@ def spec(fields: Fields) -> ModelSpec:
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
     first = fields.integer("first_k_dense_replace", 0)
     fields.expect("moe_layer_freq", 1)
-    fields.expect("mlp_bias", False)
     layers = [
         parts.layer(
             parts.attention(fields, position, window=window, qk_norm=norm, qkv_bias=bias, output_bias=bias),
@@ -48,5 +47,6 @@ FAMILY = Family(
     mlx=parts.switch(f"{LAYER}.mlp.experts"),
     mlx_lm=MlxLM(floats=("*.mlp.gate",)),
     kept=("*.rotary_emb.inv_freq",),
-    harmless=("max_position_embeddings", "max_window_layers", "use_sliding_window"),
+    # transformers has no biases of feed-forwards.
+    harmless=("max_position_embeddings", "max_window_layers", "mlp_bias", "use_sliding_window"),
 )

@@ -32,7 +32,6 @@ ROPE = "qk_rope_head_dim"
 def spec(fields: Fields) -> ModelSpec:
     number = fields.count("num_hidden_layers")
     norm, moe = parts.rms_norm(fields, 1e-5), _moe(fields)
-    fields.expect("mlp_bias", False)
     dense = parts.swiglu(fields, fields.count("intermediate_size", 13824))
     layers = [
         parts.layer(_attention(fields, kind, _sizes(fields, index, kind)), dense if is_dense else moe)
@@ -159,5 +158,5 @@ FAMILY = Family(
     kept=("audio_encoder.*", "vision_encoder.*", "*audio_tower.*", "*vision_tower.*", "model.mtp.*"),
     later_layers_kept=True,
     config=config,
-    harmless=("audio_config", "head_dim", "max_position_embeddings", "vision_config"),
+    harmless=("audio_config", "head_dim", "max_position_embeddings", "mlp_bias", "vision_config"),
 )

@@ -14,7 +14,7 @@ def spec(fields: Fields) -> ModelSpec:
     number = fields.count("num_hidden_layers")
     moe = parts.grouped_sigmoid(fields, num_experts=("n_routed_experts", "num_local_experts", "num_experts"), scale=2.5)
     dense = parts.swiglu(fields, fields.count("intermediate_size"))
-    for name, value in (("mlp_bias", False), ("moe_layer_freq", 1), ("moe_router_dtype", "float32")):
+    for name, value in (("moe_layer_freq", 1), ("moe_router_dtype", "float32")):
         fields.expect(name, value)
     parts.layer_types(fields, number, ["indexed_attention"] * number, ("indexed_attention",))
     first = fields.integer("first_k_dense_replace", 3)

@@ -28,7 +28,6 @@ def spec(fields: Fields) -> ModelSpec:
         ),
         losses=parts.pooled_balance(fields),
     )
-    fields.expect("hidden_act", "silu")
     layers = [
         parts.layer(
             parts.attention(
@@ -88,5 +87,5 @@ FAMILY = Family(
     ),
     mlx=parts.switch(f"{LAYER}.mlp.experts"),
     kept=("*.rotary_emb.inv_freq",),
-    harmless=("initial_context_length", "max_position_embeddings"),
+    harmless=("hidden_act", "initial_context_length", "max_position_embeddings"),  # the activation has its own fields
 )

@@ -21,7 +21,7 @@ def spec(fields: Fields) -> ModelSpec:
     types = [OLDER_TYPES.get(kind, kind) for kind in fields.items(name, number, ["linear_attention"] * number, known)]
     found: dict[str, AttentionSpec] = {"linear_attention": _mamba2(fields), "full_attention": _attention(fields)}
     mixers = [found[kind] for kind in types]
-    fields.expect("hidden_act", "silu")  # also of the convolutions
+    fields.expect("hidden_act", "silu", "swish", because=parts.SILU_CONVOLUTIONS)
     if fields.integer("num_local_experts", 8):
         return granite(fields, mixers, shared=1024)
     for unused in ("intermediate_size", "num_experts_per_tok", "router_aux_loss_coef"):

@@ -84,12 +84,12 @@ def _attention(fields: Fields, width: int, *, sliding: bool) -> GroupedQueryAtte
 
 
 def _moe(fields: Fields) -> MoESpec:
-    fields.expect("scoring_func", "sigmoid")
+    scores = {"sigmoid": "sigmoid", "sqrtsoftplus": "sqrt_softplus"}
     return MoESpec(
         num_experts=fields.count(fields.either("n_routed_experts", "num_local_experts"), 384),
         router=RouterSpec(
             top_k=fields.count("num_experts_per_tok", 8),
-            score="sigmoid",
+            score=fields.choice("scoring_func", scores, "sigmoid"),
             selection_bias=SelectionBiasSpec(),
             renormalize_epsilon=1e-20,
             scale=fields.number(fields.either("route_scale", "routed_scaling_factor"), 8.0),

@@ -31,7 +31,7 @@ def spec(fields: Fields) -> ModelSpec:
         )
         for index in range(fields.count("num_hidden_layers"))
     ]
-    fields.expect("hidden_act", "silu")  # also of the convolutions
+    fields.expect("hidden_act", "silu", "swish", because=parts.SILU_CONVOLUTIONS)
     fields.expect("sliding_window")
     return parts.model(fields, layers, norm=norm)
 

@@ -40,7 +40,7 @@ def spec(fields: Fields) -> ModelSpec:
         parts.layer(mixers[kind], dense if is_dense else moe)
         for kind, is_dense in zip(types, dense_layers, strict=True)
     ]
-    fields.expect("hidden_act", "silu")  # also of the convolutions
+    fields.expect("hidden_act", "silu", "swish", because=parts.SILU_CONVOLUTIONS)
     return parts.model(fields, layers, norm=norm)
 
 

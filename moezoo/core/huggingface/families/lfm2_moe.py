@@ -7,6 +7,7 @@ from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
 from moezoo.core.spec import (
     AttentionSpec,
+    GatedFeedForwardSpec,
     ModelSpec,
     MoESpec,
     RMSNormSpec,
@@ -34,10 +35,9 @@ def spec(fields: Fields) -> ModelSpec:
             renormalize_epsilon=1e-6 if renormalize else 0.0,
             scale=fields.number("routed_scaling_factor", 1.0),
         ),
-        experts=parts.swiglu(fields, fields.count("moe_intermediate_size", 1792)),
+        experts=GatedFeedForwardSpec(hidden_dim=fields.count("moe_intermediate_size", 1792)),
     )
-    dense = parts.swiglu(fields, fields.count("intermediate_size", 7168))
-    fields.expect("hidden_act", "silu")
+    dense = GatedFeedForwardSpec(hidden_dim=fields.count("intermediate_size", 7168))
     fields.expect("use_pos_enc", True)
     layers = [
         parts.layer(mixers[kind], dense if index < num_dense else moe)
@@ -107,5 +107,5 @@ FAMILY = Family(
         *parts.switch(f"{LAYER}.feed_forward.switch_mlp"),
     ),
     kept=("*.pos_emb.inv_freq", "*.rotary_emb.inv_freq"),
-    harmless=("max_position_embeddings",),
+    harmless=("hidden_act", "max_position_embeddings"),  # transformers uses SiLU with any activation here
 )

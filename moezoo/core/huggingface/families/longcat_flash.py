@@ -36,15 +36,15 @@ def spec(fields: Fields) -> ModelSpec:
 
 
 def _moe(fields: Fields) -> MoESpec:
-    # Trap: transformers does not implement these two options, mlx-lm does.
-    fields.expect("norm_topk_prob", False)
-    fields.expect("router_bias", False)
+    fields.expect("norm_topk_prob", False, because="transformers ignores it and mlx-lm does not")
     fields.expect("zero_expert_type", "identity")
     copies = fields.integer("zero_expert_num", 256)
     return MoESpec(
         num_experts=fields.count(fields.either("n_routed_experts", "num_local_experts")),
         router=RouterSpec(
             top_k=fields.count(fields.either("moe_topk", "num_experts_per_tok")),
+            # Trap: transformers has this bias, does not add it and does not train it; mlx-lm adds it.
+            bias=fields.flag("router_bias", False),
             selection_bias=SelectionBiasSpec(),
             renormalize="none",
             scale=fields.number("routed_scaling_factor", 6.0),
@@ -71,6 +71,7 @@ FAMILY = Family(
         *parts.MODEL,
         *_halves(),
         Tensor(f"{LAYER}.mlp.router.classifier.weight", "e d", f"{_EVEN}.moe.router.w_router", "d e"),
+        Tensor(f"{LAYER}.mlp.router.classifier.bias", "e", f"{_EVEN}.moe.router.b_router", "e"),
         Tensor(f"{LAYER}.mlp.router.e_score_correction_bias", "e", f"{_EVEN}.moe.router.selection_bias", "e"),
         *parts.experts(ours=f"{_EVEN}.moe.experts"),
     ),

@@ -49,7 +49,7 @@ def spec(fields: Fields) -> ModelSpec:
         )
         for index, kind in enumerate(types)
     ]
-    fields.expect("hidden_act", "silu")  # also of queries, keys and values
+    fields.expect("hidden_act", "silu", "swish", because="queries, keys and values of lightning attention have SiLU")
     _expect_released(fields, types)
     return parts.model(fields, layers, norm=parts.rms_norm(fields, 1e-5))
 

@@ -44,7 +44,6 @@ def _expect_released(fields: Fields, num_layers: int) -> None:
     fields.expect("scoring_func", "sigmoid")
     fields.expect("use_routing_bias", True)
     fields.expect("use_qk_norm", True)
-    fields.expect("attention_bias", False)
     fields.expect("qk_norm_type", "per_layer")
     fields.expect("shared_intermediate_size", 0)
     fields.expect("attn_type_list", [1] * num_layers)
@@ -82,6 +81,7 @@ FAMILY = Family(
     ),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
+        "attention_bias",  # transformers has none
         "max_model_len",
         "max_position_embeddings",
         "mlp_intermediate_size",

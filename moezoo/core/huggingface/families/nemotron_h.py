@@ -39,9 +39,8 @@ def spec(fields: Fields) -> ModelSpec:
     }
     types = _types(fields, tuple(known))
     layers = {kind: read(fields) for kind, read in known.items()}
-    fields.expect("tie_word_embeddings", False)
-    fields.expect("sliding_window")  # not supported by transformers either
-    fields.expect("residual_in_fp32", False)
+    fields.expect("tie_word_embeddings", False, because="transformers does not tie the head of this family")
+    fields.expect("sliding_window", because="transformers has no windows in this family")
     fields.only_in_training("hidden_dropout")
     return parts.model(fields, [layers[kind] for kind in types], norm=norm)
 
@@ -61,13 +60,12 @@ def _types(fields: Fields, known: tuple[str, ...]) -> list[str]:
 
 
 def _attention(fields: Fields) -> LayerSpec:
-    fields.expect("attention_bias", False)  # transformers ignores it
     attention = parts.attention(fields, NoPositionSpec(), kv_heads=8, head_dim=128)
     return LayerSpec(attention=attention, mixer_only=True)
 
 
 def _mamba2(fields: Fields) -> LayerSpec:
-    fields.expect("mamba_hidden_act", "silu")
+    fields.expect("mamba_hidden_act", "silu", "swish", because=parts.SILU_CONVOLUTIONS)
     mixer = Mamba2Spec(
         num_heads=fields.count("mamba_num_heads", 128),
         head_dim=fields.count("mamba_head_dim", 64),
@@ -101,7 +99,6 @@ def _mixture(fields: Fields) -> LayerSpec:
         scale=fields.number("routed_scaling_factor", 1.0),
     )
     experts = _plain(fields, fields.count("moe_intermediate_size", 7688), bias=False)
-    fields.expect("n_shared_experts", 1)  # transformers has one shared expert with any number here
     moe = MoESpec(
         num_experts=fields.count(fields.either("n_routed_experts", "num_local_experts"), 8),
         router=router,
@@ -112,13 +109,20 @@ def _mixture(fields: Fields) -> LayerSpec:
             bias=True if fields.flag("mlp_bias", False) else None,
         ),
     )
-    if moe.latent_dim is not None:
-        fields.expect("mlp_bias", False)  # of the projections to and from the latent space
+    if moe.latent_dim is not None and fields.flag("mlp_bias", False):
+        # Of the projections to and from the latent space; the bias of the second one is added to the layer's output.
+        moe = moe.model_copy(update={"latent_bias": True, "output_bias": True})
     return LayerSpec(attention=NoAttentionSpec(), moe=moe)
 
 
 def _plain(fields: Fields, width: int, *, bias: bool | None = None) -> PlainFeedForwardSpec:
-    kinds = {"relu2": "relu_squared", "relu": "relu", "gelu_pytorch_tanh": "gelu", "gelu_new": "gelu"}
+    kinds = {
+        "relu2": "relu_squared",
+        "relu": "relu",
+        "silu": "silu",
+        "swish": "silu",
+        **dict.fromkeys(parts.GELU_BY_TANH, "gelu"),
+    }
     bias = fields.flag("mlp_bias", False) if bias is None else bias
     return PlainFeedForwardSpec(kind=fields.choice("mlp_hidden_act", kinds, "relu2"), hidden_dim=width, bias=bias)
 
@@ -153,6 +157,8 @@ def tensors(prefix: str) -> tuple[Fused, ...]:
         *parts.router(f"{mixer}.gate"),
         Tensor(f"{mixer}.fc1_latent_proj.weight", "z d", f"{OURS_MOE}.w_latent", "d z"),
         Tensor(f"{mixer}.fc2_latent_proj.weight", "d z", f"{OURS_MOE}.w_output", "z d"),
+        Tensor(f"{mixer}.fc1_latent_proj.bias", "z", f"{OURS_MOE}.b_latent", "z"),
+        Tensor(f"{mixer}.fc2_latent_proj.bias", "d", f"{OURS_MOE}.b_output", "d"),
         *plain(f"{mixer}.shared_experts", f"{OURS_MOE}.shared"),
         Tensor(f"{mixer}.experts.{{expert}}.up_proj.weight", "f d", f"{experts}.w_up", "e d f"),
         Tensor(f"{mixer}.experts.{{expert}}.down_proj.weight", "d f", f"{experts}.w_down", "e f d"),
@@ -189,6 +195,8 @@ FAMILY = Family(
     mlx_lm=MlxLM(config=mlx_config),
     kept=("mtp.*",),
     harmless=(
+        # transformers has no biases of attention, one shared expert, and the residual stream in the model's dtype.
+        *("attention_bias", "n_shared_experts", "residual_in_fp32"),
         *("max_position_embeddings", "num_logits_to_keep", "rescale_prenorm_residual", "use_mamba_kernels"),
         *("expand", "mamba_expand", "mamba_proj_bias", "chunk_size", "mamba_chunk_size", "mamba_ssm_cache_dtype"),
         # Of initialization alone, or of code outside of transformers.

@@ -48,7 +48,7 @@ def hybrid(fields: Fields, renormalize: bool, dense: list[bool], *, num_experts:
         parts.layer(mixers[kind], feed_forward if is_dense else moe)
         for kind, is_dense in zip(types, dense, strict=True)
     ]
-    fields.expect("hidden_act", "silu")  # also of the convolutions
+    fields.expect("hidden_act", "silu", "swish", because=parts.SILU_CONVOLUTIONS)
     return parts.model(fields, layers, norm=norm)
 
 

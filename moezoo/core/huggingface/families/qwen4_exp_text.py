@@ -33,7 +33,7 @@ def spec(fields: Fields) -> ModelSpec:
         for mixer, ngrams in zip(_mixers(fields, number, norm), _ngrams(fields, number), strict=True)
     ]
     residual = GatedStreamsSpec(num_streams=fields.count("hc_count", 4), rank=fields.count("hc_lowrank", 320))
-    fields.expect("hidden_act", "silu")  # also of the convolutions
+    fields.expect("hidden_act", "silu", "swish", because=parts.SILU_CONVOLUTIONS)
     return parts.model(fields, layers, norm=norm).model_copy(update={"residual": residual})
 
 

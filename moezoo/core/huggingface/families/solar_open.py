@@ -15,8 +15,8 @@ def spec(fields: Fields) -> ModelSpec:
         head_dim=128,
         qkv_bias=fields.flag("attention_bias", False),
     )
-    fields.expect("use_qk_norm", False)
-    fields.expect("first_k_dense_replace", 0)
+    fields.expect("use_qk_norm", False, because="transformers has no such norm in this family")
+    fields.expect("first_k_dense_replace", 0, because="transformers has no dense layers in this family")
     layer = parts.layer(attention, parts.grouped_sigmoid(fields))
     return parts.model(fields, [layer] * fields.count("num_hidden_layers"), norm=parts.rms_norm(fields, 1e-5))
 

@@ -151,7 +151,7 @@ class RecordedFields(Fields):
         self._saw(name)
         return self._values.get(name) is not None
 
-    def expect(self, name: str, *values: Any) -> None:
+    def expect(self, name: str, *values: Any, because: str = "") -> None:
         path = (*self.prefix, name)
         if values and path not in self.reads and name != "use_bidirectional_attention":
             self.expected.setdefault(path, values[0])

@@ -21,6 +21,8 @@ from moezoo.core.huggingface.parts.names import (
     switch,
 )
 from moezoo.core.huggingface.parts.read import (
+    GELU_BY_TANH,
+    SILU_CONVOLUTIONS,
     attention,
     dense_by_type,
     dense_layers,
@@ -46,10 +48,12 @@ from moezoo.core.huggingface.parts.write import (
 )
 
 __all__ = [
+    "GELU_BY_TANH",
     "LAYER",
     "MODEL",
     "OURS",
     "PRE_NORMS",
+    "SILU_CONVOLUTIONS",
     "VISION",
     "absorbed",
     "attention",

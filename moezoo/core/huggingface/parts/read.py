@@ -1,6 +1,7 @@
 """Parsing of config fields shared by several families: attention, feed-forward, MoE layers, layer types."""
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -33,7 +34,12 @@ from moezoo.core.spec import (
     with_repeats,
 )
 
+SILU_CONVOLUTIONS = "causal convolutions have SiLU, here as in the kernels that transformers uses"
 NO_OLDER: Mapping[str, Any] = MappingProxyType({})
+
+
+# Activations of transformers that are one function, up to rounding.
+GELU_BY_TANH = ("gelu_pytorch_tanh", "gelu_new", "gelu_fast", "gelu_accurate", "gelu_python_tanh")
 
 
 def attention(
@@ -66,9 +72,9 @@ def swiglu(
     kinds = {
         "silu": "swiglu",
         "swish": "swiglu",
-        "gelu_pytorch_tanh": "geglu",
-        "gelu_new": "geglu",
+        **dict.fromkeys(GELU_BY_TANH, "geglu"),
         "gelu": "exact_geglu",
+        "gelu_python": "exact_geglu",
         "relu": "reglu",
         "relu2": "relu_squared_glu",
     }
@@ -108,12 +114,13 @@ def grouped_sigmoid(
     renormalize: bool = True,
     scale: float = 1.0,
     names: Mapping[str, str] = NO_OLDER,
+    others: Literal["never", "zero"] = "never",
 ) -> MoESpec:
     """Return the MoE layer of DeepSeek-V3, used by several families: sigmoid scores, selection bias, expert groups.
 
     Arguments are the family's field names and defaults: of the experts, of the shared experts, (`n_group`,
-    `topk_group`), `norm_topk_prob`, `routed_scaling_factor`; `names`: other names of fields. The bias is trained, as in
-    the paper.
+    `topk_group`), `norm_topk_prob`, `routed_scaling_factor`; `names`: other names of fields. `others`: how experts of
+    other groups are masked. The bias is trained, as in the paper.
     """
 
     def named(name: str) -> str:
@@ -124,7 +131,8 @@ def grouped_sigmoid(
     fields.only_in_training("aux_loss_alpha")  # a sequence-wise balance loss, which transformers does not have
     fields.get("seq_aux")
     count, keep = fields.count(named("n_group"), groups[0]), fields.count("topk_group", groups[1])
-    choice = GroupedTopKChoiceSpec(num_groups=count, keep=keep, group_value="top2") if count > 1 else TopKChoiceSpec()
+    groups_of = partial(GroupedTopKChoiceSpec, num_groups=count, keep=keep, group_value="top2", others=others)
+    choice = groups_of() if count > 1 else TopKChoiceSpec()
     width, shared = fields.count("moe_intermediate_size"), fields.integer(named(num_shared[0]), num_shared[1])
     divided = fields.flag(named("norm_topk_prob"), renormalize)
     router = RouterSpec(
