@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' tolerances are float32's; a GPU would multiply in TF32
@@ -55,6 +56,11 @@ def pytest_configure(config: pytest.Config) -> None:
     And look seldom for reference cycles: a quarter of the time of collecting 8,000 tests, and 5 % of running them.
     """
     collect_seldom()
+    # Under nohup, or behind a shell's &, signals are ignored, by the runs that tests start too. A handler that does
+    # nothing ignores them as well, but a program that is started begins with the default.
+    for number in (signal.SIGHUP, signal.SIGINT):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, lambda *_: None)
     os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(config.cache.mkdir("jax")))
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
     os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "-1")
