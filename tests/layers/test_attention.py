@@ -556,3 +556,10 @@ def test_the_cpu_kernel_of_jax_gives_the_values_and_gradients_of_attend(monkeypa
     for own, expected in zip(found[0][1], found[1][1], strict=True):
         assert_close(own, expected, FLOAT32_GRADIENT)
     assert "custom gradient" in Twin("jax").backend().facts()["attention"]
+
+
+def test_a_long_sequence_has_few_chunks_on_the_cpu(twin):
+    """Each chunk is a part of JAX's program, which takes as long to compile as it has parts."""
+    length = twin.module("kernels.attention").chunk_length
+    assert [length(tokens) for tokens in (1, 384, 1024, 1025)] == [64, 64, 64, 128 if twin.name == "jax" else 64]
+    assert twin.name == "mlx" or 100_000 / length(100_000) <= 16
