@@ -9,6 +9,7 @@ import mlx.core as mx
 import numpy as np
 
 from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.quantization.small_floats import e2m1_values
 from moezoo.core.quantization.weight import QuantizedWeight
 
 
@@ -82,7 +83,7 @@ def is_surely_finite(weight: QuantizedArray) -> mx.array:
             finite = (scales <= math.floor(255 - math.log2(format.largest_code))).all()
         case "nvfp4":
             finite = ((scales & 0x7F) != 0x7F).all()
-        case "fp8":
+        case "fp8" | "fp4" | "signed":
             finite = mx.isfinite(scales.astype(mx.float32) * format.largest_code).all()
         case _:
             assert weight.biases is not None
@@ -101,12 +102,24 @@ def _rows(
     format: QuantizationFormat, codes: mx.array, scales: mx.array, biases: mx.array | None, size: int
 ) -> mx.array:
     """Decode codes [..., words] to float32 [..., size]."""
-    if format.mode == "fp8":
+    if format.is_only_read:
         scale = scales.astype(mx.float32)[..., mx.arange(size) // format.group_size]
-        return mx.from_fp8(codes.view(mx.uint8), mx.float32) * scale
+        return _numbers(format, codes) * scale
     if biases is None:
         return mx.dequantize(codes, scales, None, format.group_size, format.bits, format.mode, dtype=mx.float32)
     return mx.dequantize(codes, scales, biases, format.group_size, format.bits, format.mode).astype(mx.float32)
+
+
+def _numbers(format: QuantizationFormat, codes: mx.array) -> mx.array:
+    """Return what codes [..., words] stand for before the scale, float32 [..., size]; of modes that are only read."""
+    number = codes.view(mx.uint8)
+    if format.mode == "fp8":
+        return mx.from_fp8(number, mx.float32)
+    if format.bits == 4:
+        number = mx.stack([number & 15, number >> 4], axis=-1).reshape(*number.shape[:-1], -1)
+    if format.mode == "fp4":
+        return mx.array(e2m1_values())[number]
+    return number.astype(mx.float32) - 2.0 ** (format.bits - 1)
 
 
 def _to_numpy(value: mx.array) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Memory of models whose published files are MXFP4 (gpt-oss) or FP8 (DeepSeek), in codes and decoded; Linux only.
+"""Memory of models whose published files are codes (gpt-oss, DeepSeek, ...), in codes and decoded; Linux only.
 
     python tests/external/measure_codes.py [FAMILY ...] [--backend jax mlx]
 
@@ -24,6 +24,18 @@ from tests.external.measure_memory import status_bytes  # noqa: E402
 from tests.support.fixtures import read_fixture  # noqa: E402
 
 COMMON = {"hidden_size": 1024, "num_attention_heads": 16, "num_hidden_layers": 4, "vocab_size": 32_000}
+QWEN3 = {
+    **{"intermediate_size": 2048, "moe_intermediate_size": 512, "num_local_experts": 64, "head_dim": 64},
+    **{"num_key_value_heads": 4},
+}
+
+
+def compressed(format, **weights):
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    declared = {"quant_method": "compressed-tensors", "format": format, "config_groups": groups}
+    return {"quantization_config": declared}
+
+
 SIZES = {
     "gpt_oss_mxfp4": {
         **{"intermediate_size": 1024, "head_dim": 64, "num_key_value_heads": 4, "num_local_experts": 32},
@@ -38,10 +50,9 @@ SIZES = {
         **{"kv_lora_rank": 256, "q_lora_rank": 512, "qk_nope_head_dim": 64, "qk_rope_head_dim": 32, "v_head_dim": 64},
         **{"qk_head_dim": 96, "head_dim": 32, "num_nextn_predict_layers": 0},
     },
-    "qwen3_moe_fp8_channels": {
-        **{"intermediate_size": 2048, "moe_intermediate_size": 512, "num_local_experts": 64, "head_dim": 64},
-        **{"num_key_value_heads": 4},
-    },
+    "qwen3_moe_fp8_channels": QWEN3,
+    "qwen3_moe_int4": QWEN3 | compressed("pack-quantized", num_bits=4, type="int", strategy="group", group_size=32),
+    "qwen3_moe_nvfp4": QWEN3 | compressed("nvfp4-pack-quantized", num_bits=4, type="float"),
 }
 
 
@@ -63,6 +74,12 @@ def tensors_of(case, config):
         elif case.endswith("channels") and name.endswith("_proj.weight"):
             found[name] = ("F8_E4M3", placed.shape)
             found[f"{name}_scale"] = ("BF16", (placed.shape[0], 1))
+        elif case.endswith(("int4", "nvfp4")) and name.endswith("_proj.weight"):
+            is_float = case.endswith("nvfp4")
+            found[f"{name}_packed"] = ("U8", (*rows, size // 2)) if is_float else ("I32", (*rows, size // 8))
+            found[f"{name}_scale"] = ("F8_E4M3", (*rows, size // 16)) if is_float else ("BF16", (*rows, size // 32))
+            if is_float:
+                found[f"{name}_global_scale"] = ("F32", (1,))
         elif case.endswith("fp8") and name.endswith(("_proj.weight", "_with_mqa.weight")):
             found[name] = ("F8_E4M3", placed.shape)
             found[f"{name}_scale_inv"] = ("F32", tuple(-(-each // 128) for each in placed.shape))
@@ -77,16 +94,17 @@ def write(case, folder):
     from moezoo.core.checkpoint.safetensors_file import write_stream
     from moezoo.core.checkpoint.safetensors_header import encode_header
 
-    config = read_fixture(case).description["config"] | COMMON | SIZES[case]
+    config = read_fixture(case.replace("_int4", "").replace("_nvfp4", "")).description["config"] | COMMON | SIZES[case]
     (folder / "config.json").write_text(json.dumps(config))
     tensors, draw = tensors_of(case, config), np.random.default_rng(0)
 
     def array(name, dtype, shape):
         if name.endswith(("_scales", "_scale_inv", "_scale")):
             known = {"U8": (120, np.uint8), "F32": (0.01, np.float32), "BF16": (0.01, ml_dtypes.bfloat16)}
-            return np.full(shape, *known[dtype])
-        if dtype == "U8":
-            return draw.integers(0, 256, shape, np.uint8)
+            return np.full(shape, *known.get(dtype, (1, ml_dtypes.float8_e4m3fn)))
+        if dtype in ("U8", "I32"):
+            low, high = (0, 256) if dtype == "U8" else (-(2**31), 2**31)
+            return draw.integers(low, high, shape, np.uint8 if dtype == "U8" else np.int32)
         values = np.resize(0.02 * draw.standard_normal(1 << 16, np.float32), shape)
         if dtype == "F8_E4M3":
             return (values * 100).astype(ml_dtypes.float8_e4m3fn)

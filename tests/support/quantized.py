@@ -28,7 +28,7 @@ def random_weight(
     if format.mode in ("mxfp8", "fp8"):
         codes[codes & 0x7F == 0x7F] = 0
     groups = (*rows, format.groups(size))
-    if format.mode in ("affine", "fp8"):
+    if format.has_biases or format.is_only_read:
         scales, biases = (random.normal(size=groups).astype(dtype) for _ in range(2))
     else:
         scales, biases = random.integers(100, 120, groups, np.uint8), None

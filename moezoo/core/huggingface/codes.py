@@ -139,7 +139,7 @@ class _Stored:
         tensor = self.quantized.readable[name]
         assert tensor.format is not None
         form = (*tensor.shape[:-1], tensor.format.groups(tensor.shape[-1]))
-        return stored.dtype in ("U8", *FLOATS) and stored.shape == form
+        return tensor.packing != "zero points" and stored.dtype in ("U8", *FLOATS) and stored.shape == form
 
     def size_bytes(self, name: str) -> int:
         _, parts = self._parts(name)

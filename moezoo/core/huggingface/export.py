@@ -31,7 +31,7 @@ Array = npt.NDArray[Any]
 
 MAX_FILE_BYTES = 5_000_000_000
 INDEX = "model.safetensors.index.json"
-_CODES = {"U32": np.uint32, "U8": np.uint8, "F8_E4M3": ml_dtypes.float8_e4m3fn}
+_CODES = {"U32": np.uint32, "I32": np.int32, "U8": np.uint8, "I8": np.int8, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 
 
 def export_checkpoint(
@@ -102,11 +102,12 @@ def write_small_files(path: Path, folder: Path, tokenizer: ExportedTokenizer | N
 
 def _tensors(header: bytes, parameters: Mapping[str, Array], layout: Layout) -> Iterator[tuple[str, Array]]:
     kept = set(layout.kept_names())
+    own = {tensor.stored[0]: name for name, tensor in layout.readable.items()}
     for name, entry in entries_of(header):
         if name in kept:
             yield name, layout.read(name)
-        elif name in layout.readable:
-            yield name, _codes(name, parameters, layout)
+        elif name in own:
+            yield name, _codes(own[name], parameters, layout)
         else:
             yield name, _assembled(name, layout.ledger.placed[name], parameters, numpy_dtype(entry["dtype"]))
 
@@ -165,18 +166,19 @@ def _codes(name: str, parameters: Mapping[str, Array], layout: Layout) -> Array:
     value = _assembled(name, layout.ledger.placed[name], parameters, numpy_dtype(tensor.dtype))
     if any(parameters[ours].dtype != value.dtype for ours in layout.ledger.placed[name].ours):
         _check_exact(name, layout.ledger.placed[name], parameters, value)
-    kept = layout.read(name) if name in layout.stored else None
+    kept = layout.read(tensor.stored[0]) if tensor.stored[0] in layout.stored else None
     return encode(tensor, value, [layout.read(part) for part in tensor.stored[1:]], kept)
 
 
 def _kept_codes(name: str, weights: Sequence[QuantizedWeight], layout: Layout) -> Array:
     """Return the codes of a tensor whose parameters are codes still, with the scales and biases of the layout."""
-    tensor, original = layout.readable[name], layout.tensors[name]
+    tensor = layout.readable[name]
+    original = layout.tensors[tensor.stored[0]]
     codes, *beside = written_codes(layout.ledger.placed[name], weights)
     kept = group_scales(tensor, [layout.read(part) for part in tensor.stored[1:]])
     if not all(same_bits(one, other) for one, other in zip(kept, beside, strict=True)):
         raise CheckpointError(f"{tensor.stored[1]} has changed.")
-    return stored_codes(codes, np.dtype(_CODES[original.dtype]), original.shape)
+    return stored_codes(tensor, codes, np.dtype(_CODES[original.dtype]), original.shape)
 
 
 def _check_exact(name: str, placed: Placed, parameters: Mapping[str, Array], value: Array) -> None:
@@ -192,7 +194,7 @@ def _write_plain(
     """Write the family's default layout, or mlx-lm's if it is that one, without quantization, for weights that the
     codes cannot represent."""
     description = layout.description
-    wrap = wrapping(description.family, layout.tensors)
+    wrap = wrapping(description.family, {**layout.tensors, **layout.readable})
     placed = {wrap(name): rule for name, rule in first_rules(description.rules, description.spec).items()}
     forms = {name: (stored_dtype(rule, "BF16"), rule.shape) for name, rule in placed.items()}
     for name, tensor in layout.tensors.items():

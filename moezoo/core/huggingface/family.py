@@ -3,8 +3,8 @@
 import importlib
 import pkgutil
 import re
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
@@ -59,6 +59,7 @@ class Family:
         kept: patterns of tensors without a counterpart in the spec, kept verbatim (buffers, vision towers).
         may_lack: a part of the spec, by its field's name, that published files lack if no name has this ending.
         later_layers_kept: keep layers beyond the model's last one verbatim (multi-token prediction).
+        undeclared: the `quantization_config` of released files that do not declare it.
         harmless: fields of config.json, besides those of every family, that do not affect the computation.
         architecture: name of the class in transformers, if it is not the model type, without `_text`, in camel case.
         computed_tokens: special tokens of config.json on which the computation depends.
@@ -74,6 +75,7 @@ class Family:
     kept: tuple[str, ...] = ()
     may_lack: tuple[str, str] | None = None
     later_layers_kept: bool = False
+    undeclared: Mapping[str, Any] | None = field(default=None, hash=False)
     harmless: tuple[str, ...] = ()
     architecture: str | None = None
     computed_tokens: tuple[str, ...] = ()

@@ -88,7 +88,7 @@ class Layout:
         path: the folder of config.json and the other small files.
         headers: each file's header, as bytes.
         tensors: stored tensors by name.
-        readable: quantized tensors, by the name of their codes.
+        readable: quantized tensors, by the name that their numbers would have.
         stored: names of the tensors that `read` can load: at least those kept verbatim, and scales.
         read: loads one of `stored`.
     """
@@ -148,8 +148,8 @@ def make_layout(
     stored: frozenset[str] | None = None,
 ) -> Layout:
     """Build the layout and its ledger. Raises as `make_ledger`, and SpecError for an unsupported quantization."""
-    description = description.in_layout(tensors)
-    codes = quantized_tensors(description.fields, tensors)
+    codes = quantized_tensors(description.fields, tensors, description.family.undeclared)
+    description = description.in_layout({**tensors, **codes})
     plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in tensors.items()}
     forms = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
     ledger = make_ledger(description.family, description.rules, description.spec, plain | codes, forms, str(path))
@@ -215,9 +215,9 @@ def open_sidecar(folder: Path) -> Layout | None:
 def _not_recoverable(layout: Layout) -> list[str]:
     """Return names of codes that cannot be recovered from their values and scales (packed, or with a scale of zero)."""
     found = []
-    for name, tensor in layout.readable.items():
+    for tensor in layout.readable.values():
         if is_packed(tensor):
-            found.append(name)
+            found.append(tensor.stored[0])
             continue
         arrays = [layout.read(part) for part in tensor.stored]
         try:
@@ -225,7 +225,7 @@ def _not_recoverable(layout: Layout) -> list[str]:
         except CheckpointError:
             same = False
         if not same:
-            found.append(name)
+            found.append(tensor.stored[0])
     return found
 
 

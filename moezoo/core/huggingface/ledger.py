@@ -27,22 +27,28 @@ _WRAPPERS: tuple[Mapping[str, str], ...] = (
 )
 
 Status = Literal["mapped", "copy", "codes", "scales", "biases", "kept"]
-# Scales of FP8 activations, which stay floats here.
-_ACTIVATIONS = ("*.input_scale", "*.activation_scale", "*.input_scale_ub", "*.k_scale", "*.v_scale")
-_BESIDE_CODES: tuple[Status, ...] = ("scales", "biases")
+# Scales of activations, which stay floats here.
+_ACTIVATIONS = (
+    *("*.input_scale", "*.activation_scale", "*.input_scale_ub", "*.k_scale", "*.v_scale"),
+    *("*.input_global_scale", "*.input_zero_point", "*.qscale_act"),
+)
+
+Packing = Literal["words", "blocks", "fp8", "bytes", "signed", "zero points", "divided", "multiplied"]
+"""How a file stores codes and what is beside them: see moezoo.core.huggingface.stored_rows."""
 
 
 class Readable(NamedTuple):
     """A tensor as it is read: decoded from quantized codes, scales and biases, or plain.
 
-    `stored`: names of the stored tensors that it is read from, the tensor or its codes first, then scales and biases.
-    `format`: of the codes.
+    `stored`: names of the stored tensors that it is read from, the tensor or its codes first, then scales and biases,
+    or what these follow from. `format`: of the codes.
     """
 
     dtype: str
     shape: tuple[int, ...]
     stored: tuple[str, ...]
     format: QuantizationFormat | None = None
+    packing: Packing = "words"
 
 
 @dataclass(frozen=True)
@@ -140,17 +146,14 @@ def _entries(
     wrap = wrapping(family, readable)
     entries = []
     unknown = []
-    part_of: dict[str, tuple[str, Status]] = {
-        part: (name, status)
-        for name, tensor in readable.items()
-        if name in holders
-        for part, status in zip(tensor.stored[1:], _BESIDE_CODES, strict=False)
-    }
+    part_of: dict[str, tuple[str, Status]] = {}
+    for own in holders:
+        first, *beside = readable[own].stored
+        has_biases = readable[own].format is not None and len(beside) > 1 and readable[own].packing == "words"
+        part_of[first] = (own, "copy" if own in copied else "codes" if beside else "mapped")
+        part_of |= {part: (own, "biases" if has_biases and place else "scales") for place, part in enumerate(beside)}
     for name, (file, dtype, shape) in stored.items():
-        if name in holders:
-            status: Status = "copy" if name in copied else "codes" if len(readable[name].stored) > 1 else "mapped"
-            entries.append(Entry(name, file, dtype, shape, status, holders[name].ours))
-        elif name in part_of:
+        if name in part_of:
             codes, status = part_of[name]
             entries.append(Entry(name, file, dtype, shape, status, holders[codes].ours))
         elif _is_kept(family, name, wrap, num_layers):
@@ -200,20 +203,21 @@ def _check(
     stored: Mapping[str, tuple[str, str, tuple[int, ...]]],
     where: str,
 ) -> None:
+    file = stored[tensor.stored[0]][0]
     if math.prod(tensor.shape) != math.prod(placed.shape) or tensor.shape != placed.shape:
         raise CheckpointError(
-            f"{where}: {name} in {stored[name][0]} has shape {list(tensor.shape)}; expected "
+            f"{where}: {name} in {file} has shape {list(tensor.shape)}; expected "
             f"{list(placed.shape)} from config.json. Use the config.json that belongs to these files."
         )
     if is_table(placed) and tensor.dtype not in INTEGERS:
         raise CheckpointError(
-            f"{where}: {name} in {stored[name][0]} is {tensor.dtype}; expected {' or '.join(INTEGERS)}, the ids of "
-            "experts. Fetch the checkpoint again."
+            f"{where}: {name} in {file} is {tensor.dtype}; expected {' or '.join(INTEGERS)}, the ids of experts. "
+            "Fetch the checkpoint again."
         )
     if not is_table(placed) and tensor.dtype not in FLOATS:
         raise CheckpointError(
-            f"{where}: {name} in {stored[name][0]} is {tensor.dtype}; expected {', '.join(FLOATS)}, or a supported "
-            "quantization declared in config.json (mlx-lm's, FP8 in blocks, MXFP4)."
+            f"{where}: {name} in {file} is {tensor.dtype}; expected {', '.join(FLOATS)}, or a "
+            "supported quantization declared in config.json (FP8, MXFP4, compressed-tensors, mlx-lm's, ...)."
         )
 
 

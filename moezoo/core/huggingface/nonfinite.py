@@ -40,15 +40,16 @@ def is_finite_weight(weight: QuantizedWeight) -> bool:
 
 def are_finite_scales(format: QuantizationFormat, scales: Array) -> bool:
     """Return True if no stored scale or bias of this format is NaN or infinity."""
-    match format.mode:
-        case "mxfp4" | "mxfp8":
-            return not (scales.view(np.uint8) == _NAN_E8M0).any()
-        case "nvfp4":
-            return not (scales.view(np.uint8) & _NAN_E4M3 == _NAN_E4M3).any()
-        case _ if scales.dtype.itemsize == 1:  # E8M0 scales of FP8 blocks
-            return not (scales.view(np.uint8) == _NAN_E8M0).any()
+    match scales.dtype.name:
+        case "float8_e4m3fn":
+            has_nan = scales.view(np.uint8) & _NAN_E4M3 == _NAN_E4M3
+        case "float8_e8m0fnu":
+            has_nan = scales.view(np.uint8) == _NAN_E8M0
+        case "uint8":
+            has_nan = scales & _NAN_E4M3 == _NAN_E4M3 if format.mode == "nvfp4" else scales == _NAN_E8M0
         case _:
-            return is_finite(scales)
+            return scales.dtype.kind == "i" or is_finite(scales)
+    return not has_nan.any()
 
 
 def _pieces(flat: Array) -> Iterator[Array]:

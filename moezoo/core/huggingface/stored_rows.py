@@ -3,6 +3,18 @@
 A tensor [*rows, size] is stored as codes and, beside them, scales and more (`Readable.stored`). Here they become what
 `QuantizedWeight` has: uint32 codes [*rows, words], scales [*rows, groups] and biases like the scales. Codes come back
 bit for bit; scales of larger parts of a tensor are repeated for each of its groups.
+
+    packing       codes                               beside them
+    words         uint32                              scales, biases: as they are (mlx-lm)
+    blocks        uint8 [..., groups, 16]             scales (MXFP4 of gpt-oss)
+    bytes         E2M1, two per byte, or E4M3         scales as bytes
+    fp8           E4M3                                scales of blocks, rows or the tensor
+    signed        int32 words, or int8                scales of groups, rows or the tensor
+    zero points   the same                            scales and integers, of groups or rows: bias = -scale * zero
+    divided       E2M1, two per byte                  scales in E4M3 and one by which they are divided
+    multiplied    the same                            scales in E4M3 and one by which they are multiplied
+
+Words of int32 have integers plus half their range. Source: as moezoo.core.huggingface.quantization_methods.
 """
 
 from collections.abc import Sequence
@@ -13,19 +25,26 @@ import numpy.typing as npt
 
 from moezoo.core.huggingface.codecs import FP8_BLOCK, are_of_rows, has_fp8_blocks
 from moezoo.core.huggingface.ledger import FLOATS, Readable
+from moezoo.core.quantization.formats import QuantizationFormat
+from moezoo.core.quantization.small_floats import e4m3_values
+from moezoo.core.quantization.weight import unpack
 
 Array = npt.NDArray[Any]
 Shape = tuple[int, ...]
+
+_SIGNS = np.uint32(0x80808080)  # turns int8 into integers plus 128
 
 
 def code_words(tensor: Readable, stored: Array) -> Array:
     """Return codes as they are stored, of the tensor or of some of its rows, as uint32 [*rows, words]."""
     outer = stored.shape[: len(tensor.shape) - 1]
-    return stored.reshape(*outer, -1).view(np.uint8).view(np.uint32)
+    words: Array = stored.reshape(*outer, -1).view(np.uint8).view(np.uint32)
+    return words ^ _SIGNS if stored.dtype == np.int8 and _is_integer(tensor) else words
 
 
-def stored_codes(words: Array, dtype: np.dtype[Any], shape: Shape) -> Array:
+def stored_codes(tensor: Readable, words: Array, dtype: np.dtype[Any], shape: Shape) -> Array:
     """Undo `code_words`."""
+    words = words ^ _SIGNS if dtype == np.int8 and _is_integer(tensor) else words
     codes: Array = words.view(dtype).reshape(shape)
     return codes
 
@@ -37,14 +56,15 @@ def scale_dtype(tensor: Readable, stored: str) -> np.dtype[Any]:
     assert tensor.format is not None
     if tensor.format.has_byte_scales:
         return np.dtype(np.uint8)
+    if tensor.packing == "zero points":
+        return np.dtype(np.float32)
     return np.dtype(ml_dtypes.bfloat16) if stored == "BF16" else np.dtype(FLOATS.get(stored, "float32"))
 
 
 def has_group_scales(tensor: Readable, scales: Shape) -> bool:
     """Return True unless scales are of columns, which no group has."""
-    assert tensor.format is not None
     codes = tensor.shape
-    return tensor.format.mode != "fp8" or has_fp8_blocks(codes, scales) or are_of_rows(codes, scales)
+    return tensor.packing != "fp8" or has_fp8_blocks(codes, scales) or are_of_rows(codes, scales)
 
 
 def group_scales(tensor: Readable, beside: Sequence[Array], rows: int | None = None) -> list[Array]:
@@ -52,15 +72,41 @@ def group_scales(tensor: Readable, beside: Sequence[Array], rows: int | None = N
 
     `rows`: the size of the first axis, if the arrays are only of some of its indices. Needs `has_group_scales`.
     """
-    format = tensor.format
+    format, scales = tensor.format, beside[0]
     assert format is not None
-    if format.mode != "fp8":
-        return [array if format.has_biases else array.view(np.uint8) for array in beside]
-    scales = beside[0]
-    if scales.dtype.itemsize == 1:
-        scales = scales.astype(np.float32)
     shape = tensor.shape if rows is None else (rows, *tensor.shape[1:])
-    if has_fp8_blocks(shape, scales.shape):
-        return [np.repeat(scales, FP8_BLOCK, axis=-2)[..., : shape[-2], :]]
+    match tensor.packing:
+        case "words" | "blocks" | "bytes":
+            return [array if format.has_biases else array.view(np.uint8) for array in beside]
+        case "divided" | "multiplied":
+            number, factor = e4m3_values()[scales.view(np.uint8)], beside[1].reshape(())
+            with np.errstate(all="ignore"):  # a factor of 0, or that is not finite
+                return [number / factor if tensor.packing == "divided" else number * factor]
+        case "zero points":
+            wide = _of_groups(scales.astype(np.float32), shape, format)
+            zeros = _of_groups(_zero_points(tensor, beside[1]).astype(np.float32), shape, format)
+            return [wide, -wide * zeros]
+        case "fp8" if has_fp8_blocks(shape, scales.shape):
+            wide = scales.astype(np.float32) if scales.dtype.itemsize == 1 else scales
+            return [np.repeat(wide, FP8_BLOCK, axis=-2)[..., : shape[-2], :]]
+        case _:
+            return [_of_groups(scales.astype(np.float32) if scales.dtype.itemsize == 1 else scales, shape, format)]
+
+
+def _of_groups(scales: Array, shape: Shape, format: QuantizationFormat) -> Array:
+    """Repeat scales of rows, matrices or the tensor for each group."""
     whole = scales.reshape(()) if scales.size == 1 else scales
-    return [np.broadcast_to(whole, (*shape[:-1], format.groups(shape[-1])))]
+    return np.broadcast_to(whole, (*shape[:-1], format.groups(shape[-1])))
+
+
+def _zero_points(tensor: Readable, stored: Array) -> Array:
+    """Return the codes of zero, uint8 [rows, groups]; they are packed along the rows, or int8."""
+    assert tensor.format is not None
+    if stored.dtype == np.int8:
+        return stored.view(np.uint8) ^ np.uint8(0x80)
+    words = np.ascontiguousarray(stored.T).view(np.uint32)
+    return unpack(words, tensor.format.bits, words.shape[1] * 32 // tensor.format.bits).T[: tensor.shape[0]]
+
+
+def _is_integer(tensor: Readable) -> bool:
+    return tensor.packing in ("signed", "zero points")

@@ -48,12 +48,12 @@ def quantize(values: Array, format: QuantizationFormat) -> Quantized:
 
     Args:
         values: float32, float16 or bfloat16 [..., size]; scales and biases of affine mode have this dtype.
-        format: any but mode fp8, whose scales are shared by rows.
+        format: any but those that are only read, whose scales may be shared by rows.
 
     Raises CheckpointError: `size` does not divide, or a number is NaN or infinite.
     """
     size = values.shape[-1]
-    assert format.mode != "fp8", "scales are shared by rows"
+    assert not format.is_only_read, "scales may be shared by rows"
     if not format.divides(size):
         raise CheckpointError(f"rows of {size} numbers cannot be stored as {format}.")
     affine, lead = format.has_biases, values.shape[:-1]

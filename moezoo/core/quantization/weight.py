@@ -32,7 +32,7 @@ class QuantizedWeight:
         lead: axes of the parameter that are axes of the codes, in the codes' order.
         packed: axes of the parameter that a row of codes runs over, outer to inner.
         codes: uint32 [*lead, words].
-        scales: [*lead, groups]; affine, fp8: a float dtype; mxfp4, mxfp8: uint8 (E8M0); nvfp4: uint8 (E4M3).
+        scales: [*lead, groups]; mxfp4, mxfp8: uint8 (E8M0); nvfp4: uint8 (E4M3); else a float dtype.
         biases: affine: as scales; else None.
 
     Raises CheckpointError if shapes or dtypes do not agree.
@@ -110,7 +110,7 @@ def decode_rows(format: QuantizationFormat, codes: Array, scales: Array, biases:
     """Decode uint32 codes [..., words] to float32 [..., size], in pieces that use a few MiB besides the result.
 
     Affine numbers are those of arithmetic in the scales' dtype: rounded as a product, and again as a sum with the bias.
-    Other products are exact in float32, except for fp8, whose product is rounded once.
+    Other products are exact in float32, except where scales are floats: there they are rounded once.
     """
     out = np.empty((*codes.shape[:-1], size), np.float32)
     rows, flat = out.reshape(-1, size), codes.reshape(-1, codes.shape[-1])
@@ -193,7 +193,9 @@ def _numbers(format: QuantizationFormat, codes: Array) -> Array:
     match format.mode:
         case "affine":
             return codes.astype(np.float32)
-        case "mxfp4" | "nvfp4":
+        case "mxfp4" | "nvfp4" | "fp4":
             return e2m1_values()[codes]
+        case "signed":
+            return codes.astype(np.float32) - np.float32(2 ** (format.bits - 1))
         case _:
             return e4m3_values()[codes]

@@ -44,7 +44,9 @@ def number_of(format: QuantizationFormat, code: int) -> float:
     match format.mode:
         case "affine":
             return float(code)
-        case "mxfp4" | "nvfp4":
+        case "signed":
+            return float(code - 2 ** (format.bits - 1))
+        case "mxfp4" | "nvfp4" | "fp4":
             return small_float(code, exponent_bits=2, mantissa_bits=1)
         case _:
             return _e4m3(code)

@@ -59,7 +59,9 @@ def _numbers(format: QuantizationFormat, codes: jax.Array) -> jax.Array:
     match format.mode:
         case "affine":
             return codes.astype(jnp.float32)
-        case "mxfp4" | "nvfp4":
+        case "signed":
+            return codes.astype(jnp.float32) - 2.0 ** (format.bits - 1)
+        case "mxfp4" | "nvfp4" | "fp4":
             bits, scale = (codes & 8) << 12 | (codes & 7) << 9, 2.0**14  # exponents have a bias of 15, in place of 1
             return _float16(bits) * scale
         case _:

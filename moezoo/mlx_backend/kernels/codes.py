@@ -56,7 +56,7 @@ def has_kernel(w: QuantizedArray, dtype: mx.Dtype) -> bool:
     Trap: MLX's kernels do not round a number to the dtype of its scales, as `dequantize` does. In float32, logits would
     differ by 0.2; in bfloat16 that is lost among the other roundings.
     """
-    if w.format.mode == "fp8":
+    if w.format.is_only_read:
         return False
     return w.biases is None or w.scales.dtype == (dtype if _on_gpu() else mx.float32)
 

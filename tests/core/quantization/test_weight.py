@@ -57,7 +57,7 @@ def test_axes_of_a_composed_row():
 @pytest.mark.parametrize(
     ("mode", "bits", "group_size", "message"),
     [
-        ("int4", 4, 64, "quantization mode is 'int4'; expected one of affine, mxfp4, mxfp8, nvfp4, fp8"),
+        ("int4", 4, 64, "quantization mode is 'int4'; expected one of affine, mxfp4, mxfp8, nvfp4, fp8, fp4, signed"),
         ("affine", 7, 64, "bits of quantization mode affine is 7; expected 2 or 3 or 4 or 5 or 6 or 8"),
         ("affine", True, 64, "bits of quantization mode affine is True"),
         ("mxfp4", 4, 64, "group_size of quantization mode mxfp4 is 64; expected 32"),

@@ -269,6 +269,7 @@ FAMILY = Family(
     ),
     kept=("mtp.*", "model.mtp.*"),
     config=config,
-    # transformers has neither biases of attention nor more than one shared expert; the shapes of tensors show others.
-    harmless=("attention_bias", "max_position_embeddings", "n_shared_experts", "router_jitter_noise"),
+    # transformers has neither biases of attention nor more than one shared expert; the shapes of tensors show
+    # others, and their dtypes the codes of experts.
+    harmless=("attention_bias", "expert_dtype", "max_position_embeddings", "n_shared_experts", "router_jitter_noise"),
 )

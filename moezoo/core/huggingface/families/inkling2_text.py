@@ -158,6 +158,7 @@ FAMILY = Family(
     tensors=tensors(),
     kept=("*.mtp.*", "*vision_tower.*", "model.visual.*"),
     config=inkling_text.config,
+    undeclared={"quant_method": "mxfp8", "weight_block_size": [1, 32]},
     harmless=(
         "hidden_act",
         "image_token_id",

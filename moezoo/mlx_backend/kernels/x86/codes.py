@@ -326,7 +326,9 @@ def _read_numbers(w: Matrix, spare: Floats, number: Floats) -> None:
     match w.format.mode:
         case "affine":
             number[...] = code
-        case "mxfp4" | "nvfp4":
+        case "signed":
+            np.subtract(code, np.float32(2 ** (w.format.bits - 1)), out=number)
+        case "mxfp4" | "nvfp4" | "fp4":
             np.take(_E2M1, code, out=number, mode="clip")
         case _:
             np.take(_E4M3, code, out=number, mode="clip")
