@@ -109,12 +109,22 @@ def _tensors(header: bytes, parameters: Mapping[str, Array], layout: Layout) -> 
         elif name in own:
             yield name, _codes(own[name], parameters, layout)
         else:
-            yield name, _assembled(name, layout.ledger.placed[name], parameters, numpy_dtype(entry["dtype"]))
+            placed = layout.ledger.placed[name]
+            original = layout.read(name) if placed.rule.kept else None  # the scores' bias of another modality
+            yield name, _assembled(name, placed, parameters, numpy_dtype(entry["dtype"]), original)
 
 
-def _assembled(name: str, placed: Placed, parameters: Mapping[str, Array], dtype: np.dtype[Any]) -> Array:
-    """Assemble a checkpoint tensor from our parameters."""
-    array = np.empty(placed.shape, dtype)
+def _assembled(
+    name: str,
+    placed: Placed,
+    parameters: Mapping[str, Array],
+    dtype: np.dtype[Any],
+    original: Array | None = None,
+) -> Array:
+    """Assemble a checkpoint tensor from our parameters; what is not ours is that of the original, or 0."""
+    array = np.zeros(placed.shape, dtype) if placed.rule.kept else np.empty(placed.shape, dtype)
+    if original is not None:
+        array[...] = original
     for place, (ours, expert, _) in enumerate(placed.parts):
         value = parameters[ours]
         if expert is not None:
@@ -196,6 +206,7 @@ def _write_plain(
     description = layout.description
     wrap = wrapping(description.family, {**layout.tensors, **layout.readable})
     placed = {wrap(name): rule for name, rule in first_rules(description.rules, description.spec).items()}
+    placed = {name: layout.ledger.placed.get(name, rule) for name, rule in placed.items()}
     forms = {name: (stored_dtype(rule, "BF16"), rule.shape) for name, rule in placed.items()}
     for name, tensor in layout.tensors.items():
         if name in forms and tensor.dtype in FLOATS:
@@ -206,6 +217,7 @@ def _write_plain(
     if tokenizer is not None:
         tokenizer.write(folder)
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}
+    kept |= {name: layout.read for name in layout.partly_kept if name in placed}
     forms |= {name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}
     write_own_layout(parameters, placed, forms, kept, folder)
     return ["quantized weights have changed, so they and config.json were written without quantization"]
@@ -218,12 +230,14 @@ def write_own_layout(
     kept: Mapping[str, Callable[[str], Array]],
     folder: Path,
 ) -> None:
-    """Write sharded safetensors files; `forms`: dtype and shape by tensor name; `kept`: tensors copied verbatim."""
+    """Write sharded safetensors files; `forms`: dtype and shape by tensor name; `kept`: tensors copied verbatim, or as
+    far as `placed` does not have them."""
 
     def array(name: str) -> Array:
-        if name in kept:
+        if name not in placed:
             return kept[name](name)
-        return _assembled(name, placed[name], parameters, numpy_dtype(forms[name][0]))
+        original = kept[name](name) if name in kept else None
+        return _assembled(name, placed[name], parameters, numpy_dtype(forms[name][0]), original)
 
     shards = shards_of({name: size_bytes(*form) for name, form in forms.items()})
     for file_name, names in shards.items():

@@ -106,6 +106,11 @@ class Layout:
         """Names of tensors that are exported verbatim."""
         return [entry.name for entry in self.ledger.entries if entry.status in ("kept", "scales", "biases")]
 
+    @property
+    def partly_kept(self) -> list[str]:
+        """Names of tensors of which only a part is exported verbatim."""
+        return [name for name, placed in self.ledger.placed.items() if placed.rule.kept]
+
 
 def describe_config(path: Path, max_length: int | None = None) -> Description:
     """Parse a config.json; `max_length` is the maximum sequence length, for RoPE scaling that depends on it.
@@ -181,7 +186,7 @@ def copy_small_files(path: Path, folder: Path, without: Container[str]) -> None:
 def write_sidecar(layout: Layout, folder: Path) -> None:
     """Write the layout of a run's original checkpoint to `folder` (`<run>/huggingface`)."""
     make_folder(folder)
-    kept = [*layout.kept_names(), *_not_recoverable(layout)]
+    kept = [*layout.kept_names(), *layout.partly_kept, *_not_recoverable(layout)]
     header = encode_header({name: (layout.tensors[name].dtype, layout.tensors[name].shape) for name in kept}, {})
     write_stream(folder / _KEPT, header, ((name, layout.read(name)) for name in kept))
     copy_small_files(layout.path, folder, (HEADERS, _KEPT))

@@ -24,6 +24,7 @@ _WRAPPERS: tuple[Mapping[str, str], ...] = (
     {},
     {"model.": "model.language_model."},
     {"model.": "language_model.model.", "lm_head.": "language_model.lm_head."},
+    {"model.": "thinker.model.", "lm_head.": "thinker.lm_head."},
 )
 
 Status = Literal["mapped", "copy", "codes", "scales", "biases", "kept"]
@@ -112,25 +113,36 @@ def make_ledger(
     copies: list[Source] = []
     holders: dict[str, Placed] = {}
     copied: set[str] = set()
-    for rule in rules:
-        for placed in places(rule, shapes, num_layers):
-            name = wrap(placed.name)
-            if name not in readable:
-                continue
-            _check(name, placed, readable[name], stored, where)
-            if rule.copy:
-                if name not in holders:
-                    copies.append(Source(placed, 0, name))
-                    copied.add(name)
-                    holders[name] = placed
-                continue
-            holders[name] = placed
-            for place, (ours, _, _) in enumerate(placed.parts):
-                sources.setdefault(ours, []).append(Source(placed, place, name))
+    for name, placed in _found(rules, shapes, num_layers, wrap, readable).items():
+        _check(name, placed, readable[name], stored, where)
+        holders[name] = placed
+        if placed.rule.copy:
+            copies.append(Source(placed, 0, name))
+            copied.add(name)
+            continue
+        for place, (ours, _, _) in enumerate(placed.parts):
+            sources.setdefault(ours, []).append(Source(placed, place, name))
     _check_cover(shapes, sources, where)
     entries = _entries(family, readable, stored, holders, copied, where, num_layers)
     gathered = {name: tuple(found) for name, found in sources.items()}
     return Ledger(entries, gathered, holders, tuple(copies))
+
+
+def _found(
+    rules: Iterable[Fused],
+    shapes: Mapping[str, tuple[int, ...]],
+    num_layers: int,
+    wrap: Callable[[str], str],
+    readable: Mapping[str, Readable],
+) -> dict[str, Placed]:
+    """Return the rule of each tensor of the files that has one; of several, the first that has the tensor's shape."""
+    found: dict[str, Placed] = {}
+    for rule in rules:
+        for placed in places(rule, shapes, num_layers):
+            name = wrap(placed.name)
+            if name in readable and (name not in found or found[name].shape != readable[name].shape == placed.shape):
+                found[name] = placed
+    return found
 
 
 def _entries(

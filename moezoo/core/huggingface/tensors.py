@@ -54,6 +54,7 @@ class Fused:
         sizes: parameters of ours that only determine axis sizes, (name, axes); the rule applies to layers with them.
         copy: a duplicate of another tensor (the head of a tied model); it must be equal.
         unless: a parameter of ours; the rule does not apply to layers with it.
+        kept: indices of axis `x` after those of the parts, which are kept verbatim (those of experts for images).
     """
 
     theirs: str
@@ -62,6 +63,7 @@ class Fused:
     sizes: tuple[tuple[str, str], ...] = ()
     copy: bool = False
     unless: str | None = None
+    kept: int = 0
 
     @property
     def per_expert(self) -> bool:
@@ -249,7 +251,7 @@ def _sizes(rule: Fused, names: list[str], shapes: Shapes, layer: int | None) -> 
                 if len(unknown) == 1:
                     known[unknown[0]] = size // rest
                 assert len(unknown) > 1 or math.prod(known[letter] for letter in group) == size, (rule, shape, axes)
-    known[CUT] = sum(math.prod(known[letter] for letter in part.takes.split()) for part in rule.parts)
+    known[CUT] = rule.kept + sum(math.prod(known[letter] for letter in part.takes.split()) for part in rule.parts)
     return known
 
 
