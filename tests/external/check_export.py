@@ -101,6 +101,7 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
     """Return logits of one forward pass, and greedy tokens with the KV cache."""
     import torch
     import transformers
+    from transformers.models.auto import modeling_auto
 
     torch.set_num_threads(1)
     transformers.logging.set_verbosity_error()
@@ -108,8 +109,9 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
     config = json.loads((folder / "config.json").read_text())
     if config["model_type"] == "longcat_flash" and config.get("zero_expert_num"):
         folder = with_identity_rows(folder, config)
-    kinds = {"mistral4": "Mistral4ForCausalLM", "minimax_m3_vl": "AutoModelForImageTextToText"}
-    kind = getattr(transformers, kinds.get(config["model_type"], "AutoModelForCausalLM"))
+    causal = config["model_type"] in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    usual = transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMultimodalLM
+    kind = transformers.Mistral4ForCausalLM if config["model_type"] == "mistral4" else usual
     model, report = kind.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager", output_loading_info=True
     )
@@ -117,7 +119,7 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
     if absent or report["mismatched_keys"]:
         names = sorted(map(str, [*absent, *report["mismatched_keys"]]))
         return Answer(refusal=f"is missing {names[0]} and {len(names) - 1} more")
-    model = model.float().eval()
+    model = getattr(model, "thinker", model).float().eval()  # of Qwen3-Omni
     prompt = torch.from_numpy(np.asarray(input_ids, np.int64))
     with torch.no_grad():
         logits = model(prompt, use_cache=False).logits.numpy()

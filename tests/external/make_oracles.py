@@ -23,11 +23,13 @@ from typing import Any
 import numpy as np
 import torch
 import transformers
+from transformers.models.auto import modeling_auto
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
 import fixtures  # noqa: E402
 import oracle_families  # noqa: E402, F401
 import oracle_options  # noqa: E402, F401
+import oracle_wrappers  # noqa: E402, F401
 from oracle_case import CASES, Case, law_of  # noqa: E402
 
 BATCH, LENGTH, CONTINUED = 2, 24, 12
@@ -152,10 +154,14 @@ def described(name: str, case: Case) -> dict[str, Any]:
 
 
 def model_class(config: Any) -> Any:
-    """Return the class whose `from_pretrained` loads the language model; mistral4 has no automatic class."""
-    if config.model_type == "minimax_m3_vl":
-        return transformers.AutoModelForImageTextToText
-    return transformers.Mistral4ForCausalLM if config.model_type == "mistral4" else transformers.AutoModelForCausalLM
+    """Return the class whose `from_pretrained` loads the language model, in a wrapper if it has no class of its own.
+
+    mistral4 has no automatic class.
+    """
+    if config.model_type == "mistral4":
+        return transformers.Mistral4ForCausalLM
+    causal = config.model_type in modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    return transformers.AutoModelForCausalLM if causal else transformers.AutoModelForMultimodalLM
 
 
 def header(path: Path) -> dict[str, tuple[int, ...]]:
@@ -207,7 +213,7 @@ def computed(
 
 def prompt_ids(description: dict[str, Any]) -> np.ndarray:
     """Return random token ids from the fixture's seed, int64 [2, 24]."""
-    config = description["config"].get("text_config", description["config"])
+    config = fixtures.text_config(description["config"])
     law = {"low": 0, "high": (config.get("unpadded_vocab_size") or config["vocab_size"]) - 1}
     return fixtures.drawn(description["seed"], "input_ids", (BATCH, LENGTH), "U8", law).astype(np.int64)
 
@@ -237,7 +243,7 @@ def loaded(description: dict[str, Any], case: Case, folder: Path, spelling: str)
     for name, buffer in model.named_buffers():  # transformers 5.23 sets one number of zaya's to -1 when it loads a file
         if name in stored:
             buffer.copy_(torch.from_numpy(stored[name][1]))
-    return model.eval()
+    return getattr(model, "thinker", model).eval()
 
 
 def answered(model: torch.nn.Module, prompt: torch.Tensor, *, keep_hidden: bool) -> dict[str, np.ndarray]:

@@ -99,7 +99,7 @@ def law_of(case: Case, name: str, dtype: str) -> str:
         return "block_scale"
     if dtype == "F8_E4M3":
         return "codes"
-    if re.search("visual|vision", name):
+    if re.search("visual|vision|resampler|audio_tower|talker|code2wav", name):
         return "matrix"
     law = next((law for pattern, law in LAW_OF_NAME if re.search(pattern, name)), "matrix")
     if law == "norm" and case.config["model_type"].startswith(("qwen3_next", "qwen3_5_moe", "qwen4_exp", "minimax_m3")):

@@ -30,7 +30,7 @@ from moezoo.cli.main import main as command  # noqa: E402
 from moezoo.core.huggingface.family import family_of  # noqa: E402
 from moezoo.core.huggingface.fields import Fields  # noqa: E402
 from tests.huggingface.test_families import main_cases  # noqa: E402
-from tests.support.fixtures import read_fixture, write_checkpoint  # noqa: E402
+from tests.support.fixtures import read_fixture, text_config, write_checkpoint  # noqa: E402
 
 STEPS, BATCH, LENGTH = 10, 4, 24
 
@@ -51,7 +51,7 @@ def main() -> int:
 def train_and_export(case: str, out: Path, backend: str, spelling: Literal["hub", "saved", "designed"]) -> None:
     """Write the trained checkpoint of one case, and moezoo's outputs for it."""
     described = read_fixture(case).description["config"]
-    text = described.get("text_config", described)
+    text = text_config(described)
     vocab = int(text.get("unpadded_vocab_size", text["vocab_size"]))  # ids that have logits
     random = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as scratch:

@@ -13,7 +13,7 @@ import pytest
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import families, family_of
 from moezoo.core.huggingface.fields import HARMLESS, Fields
-from tests.support.fixtures import cases, read_fixture
+from tests.support.fixtures import cases, read_fixture, text_config
 
 # Fields without effect in some configs: another field of the config overrides them, or there is nothing that they apply
 # to.
@@ -44,7 +44,7 @@ IDLE = {
     "head_dim": ("bailing_hybrid*",),  # overridden by linear_head_dim
     "kda_lower_bound": ("bailing_hybrid_softplus",),
     "topk_group": (
-        *("axk2", "bailing_hybrid_softplus", "dots1_plain", "glm4_moe", "glm_moe_dsa", "hy_v4"),
+        *("axk2", "bailing_hybrid_softplus", "dots1_plain", "glm4_moe", "glm4v_moe", "glm_moe_dsa", "hy_v4"),
         *("kimi_linear_query_rank", "nemotron_h", "nemotron_h_latent_bias"),
     ),
     "position_embedding_type": ("granitemoehybrid",),
@@ -52,8 +52,10 @@ IDLE = {
     "use_double_wide_mlp": ("gemma4*",),
     "vocab_size_per_layer_input": ("gemma4", "gemma4_text", "gemma4_text_shared_kv"),
     "long_mscale": ("phimoe*",),
-    "mrope_interleaved": ("qwen3_5_moe*", "qwen4_exp*"),
-    "mrope_section": ("qwen3_5_moe*", "qwen4_exp*"),
+    **dict.fromkeys(
+        ("interleaved", "mrope_interleaved", "mrope_section"),
+        ("ernie4_5_vl_moe", "glm4v_moe", "qwen3_5_moe*", "qwen3_omni_moe*", "qwen3_vl_moe", "qwen4_exp*"),
+    ),
     # overridden by rope_parameters
     "partial_rotary_factor": ("mimo_v2_flash*",),
     "rope_theta": ("granitemoe_swa*", "mimo_v2_flash*", "granitemoehybrid"),
@@ -63,15 +65,8 @@ IDLE = {
     "type": ("*",),
     # overridden by the multimodal wrapper
     "tie_word_embeddings": (
-        "cohere2_moe_sigmoid",
-        "dots3_note",
-        "aria",
-        "gemma4",
-        "llama4",
-        "minimax_m3_vl",
-        "mistral4_wrapped",
-        "qwen3_5_moe",
-        "qwen4_exp",
+        *("aria", "cohere2_moe_sigmoid", "dots3_note", "ernie4_5_vl_moe", "gemma4", "glm4v_moe", "llama4"),
+        *("minimax_m3_vl", "mistral4_wrapped", "qwen3_5_moe", "qwen3_omni_moe*", "qwen3_vl_moe", "qwen4_exp"),
     ),
     # ignored by transformers
     "beta_fast": ("hunyuan_v1_moe",),
@@ -125,7 +120,7 @@ def test_a_field_without_effect_is_listed_as_harmless(case: str, spelling: str) 
         return  # refused by name
     family = families()[Fields(config, "config.json").model_type]
     unused = []
-    for owner in objects(config.get("text_config", config)):
+    for owner in objects(text_config(config)):
         for name, value in list(owner.items()):
             if any(fnmatchcase(name, pattern) for pattern in (*HARMLESS, *family.harmless)):
                 continue
@@ -150,7 +145,7 @@ def main_cases() -> dict[str, str]:
     found: dict[str, str] = {}
     for case in cases():
         config = read_fixture(case).description["config"]
-        if "text_config" not in config:
+        if text_config(config) is config:
             found.setdefault(config["model_type"], case)
     return found
 

@@ -21,8 +21,7 @@ def test_fixture_is_small_and_its_arrays_have_matching_shapes(case):
     assert sum((fixtures.FOLDER / f"{case}.{suffix}").stat().st_size for suffix in ("json", "npz")) < 45 * 1024
     expected = fixture.expected
     batch, length = expected["input_ids"].shape
-    config = fixture.description["config"]
-    config = config.get("text_config", config)
+    config = fixtures.text_config(fixture.description["config"])
     vocab = config.get("unpadded_vocab_size") or config["vocab_size"]
     assert expected["logits"].shape == (batch, length, vocab)
     assert expected["topk_idx"].shape == expected["topk_weight"].shape

@@ -7,10 +7,10 @@ import pytest
 
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import family_of
-from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.fields import INNER, Fields
 from moezoo.core.huggingface.mlx_config import with_mlx_spellings
 from moezoo.core.spec import ModelSpec
-from tests.support.fixtures import FOLDER, cases
+from tests.support.fixtures import FOLDER, cases, text_config
 
 
 def read(config: dict[str, Any]) -> ModelSpec:
@@ -26,10 +26,16 @@ def described(case: str) -> dict[str, Any]:
 def both(case: str, **changes: Any) -> dict[str, Any]:
     """Return a fixture's config in the spelling of transformers 5 and in that of the hub, in one."""
     description = described(case)
-    saved, hub = description["config"], description["hub_config"]
-    inner = saved.get("text_config", saved) | hub.get("text_config", hub) | changes
-    wrapper = (saved if "text_config" in saved else {}) | (hub if "text_config" in hub else {})
-    return wrapper | {"text_config": inner} if wrapper else inner
+    configs = description["config"], description["hub_config"]
+    inner = text_config(configs[0]) | text_config(configs[1]) | changes
+    wrappers = [config for config in configs if text_config(config) is not config]
+    return with_text({name: value for config in wrappers for name, value in config.items()}, inner)
+
+
+def with_text(config: dict[str, Any], text: dict[str, Any]) -> dict[str, Any]:
+    """Return the config with another text model inside."""
+    name = next((name for name in INNER if name in config), None)
+    return text if name is None else config | {name: with_text(config[name], text)}
 
 
 def in_floats(value: Any) -> Any:

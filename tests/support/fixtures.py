@@ -36,8 +36,14 @@ class Fixture:
     @property
     def model_type(self) -> str:
         """Model type; in a multimodal wrapper that of the text model."""
-        config = self.description["config"]
-        return str(config.get("text_config", config)["model_type"])
+        return str(text_config(self.description["config"])["model_type"])
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the text model's object in a multimodal wrapper's config.json; of any other config itself."""
+    for name in ("thinker_config", "text_config"):
+        config = config.get(name, config)
+    return config
 
 
 def cases(*, refused: bool = False) -> list[str]:

@@ -255,8 +255,11 @@ class _Fields:
 
     def token_ids(self, name: str) -> tuple[int, ...]:
         """Return one token id or a list, from the first source that has any. Some files use a negative id for none."""
-        inner = self._model_config.get("text_config")
-        for source in (self._raw, self._model_config, inner if isinstance(inner, Mapping) else {}):
+        sources = [self._raw, self._model_config]
+        for inner in ("thinker_config", "text_config"):
+            if isinstance(sources[-1].get(inner), Mapping):
+                sources.append(sources[-1][inner])
+        for source in sources:
             value = source.get(name)
             ids = [_whole(index) for index in (value if isinstance(value, list) else [] if value is None else [value])]
             if not all(isinstance(index, int) and not isinstance(index, bool) for index in ids):

@@ -22,7 +22,7 @@ from moezoo.core.files import write_atomically
 from moezoo.core.huggingface.export import INDEX, assembled_pieces, shards_of, write_index, write_small_files
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.family import Family
-from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.fields import Fields, text_config
 from moezoo.core.huggingface.layout import CONFIG, Description, with_learned_norms
 from moezoo.core.huggingface.ledger import first_rules, stored_dtype
 from moezoo.core.huggingface.mlx_config import QUANTIZATION, mlx_lm_has, with_mlx_spellings, without_quantization
@@ -256,8 +256,8 @@ def _mlx_config(family: Family, fields: Fields, spec: ModelSpec) -> dict[str, An
 
 def _text_config(fields: Fields) -> dict[str, Any]:
     """Return the config.json of the text model alone, without quantization."""
-    inner = fields.raw.get("text_config")
-    return without_quantization({"model_type": fields.model_type} | inner if isinstance(inner, dict) else fields.raw)
+    inner = text_config(fields.raw)
+    return without_quantization(inner if inner is fields.raw else {"model_type": fields.model_type} | inner)
 
 
 def _check_same(spec: ModelSpec, source: ModelSpec, layout: str) -> None:

@@ -13,7 +13,7 @@ from moezoo.core.data.tokenizers import MAX_FILE_BYTES, TokenIds, Tokenizer
 from moezoo.core.errors import TokenizerError
 from moezoo.core.files import make_folder, read_bounded, write_atomically
 from moezoo.core.huggingface.family import family_of
-from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.fields import Fields, text_config
 from moezoo.core.huggingface.folder import read_json_object
 from moezoo.core.huggingface.layout import CONFIG, Layout
 
@@ -42,8 +42,8 @@ class ExportedTokenizer:
         config = read_json_object(folder / CONFIG)
         computed = family_of(Fields(config, CONFIG)).computed_tokens
         tokens = {name: token for name, token in self.special_tokens.items() if name not in computed}
-        text = config.get("text_config")
-        if isinstance(text, dict):
+        text = text_config(config)
+        if text is not config:
             text.update({name: token for name, token in tokens.items() if name in text})
         write_atomically(folder / CONFIG, json.dumps(config | tokens, indent=2) + "\n")
         generation = folder / "generation_config.json"

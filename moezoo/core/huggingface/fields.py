@@ -98,7 +98,18 @@ _OUTER_HARMLESS = (
     "boi_*",
     "eoa_*",
     "eoi_*",
+    *("thinker_config", "talker_config", "code2wav_config", "position_id_per_seconds", "seconds_per_chunk"),  # Omni's
 )
+INNER = ("thinker_config", "text_config")
+"""Objects of a multimodal wrapper's config that lead to the text model's, each inside of the one before."""
+
+
+def text_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the text model's object in a multimodal wrapper's config.json; of any other config itself."""
+    for name in INNER:
+        inner = config.get(name)
+        config = inner if isinstance(inner, dict) else config
+    return config
 
 
 class Fields:
@@ -116,17 +127,20 @@ class Fields:
         self._seen: dict[str, None] = {}
         self.notes: list[str] = []
         values = {name: _with_floats(value) for name, value in values.items()}
-        inner = values.get("text_config")
         self._values: dict[str, Any] = values
-        if isinstance(inner, Mapping):
-            self._values = dict(inner)
-            if "tie_word_embeddings" in values:  # the outer value of a wrapper takes precedence
-                self._values["tie_word_embeddings"] = values["tie_word_embeddings"]
+        around: list[Mapping[str, Any]] = []
+        for name in INNER:
+            if isinstance(self._values.get(name), Mapping):
+                around.append(self._values)
+                self._values = dict(self._values[name])
+        for outer in around:
+            if "tie_word_embeddings" in outer:  # the outer value of a wrapper takes precedence
+                self._values["tie_word_embeddings"] = outer["tie_word_embeddings"]
             for name in ("quantization", "quantization_config"):
-                if name in values:
-                    self._values.setdefault(name, values[name])
+                if name in outer:
+                    self._values.setdefault(name, outer[name])
             self._refuse_unread(
-                {key: value for key, value in values.items() if key not in self._values}, _OUTER_HARMLESS
+                {key: value for key, value in outer.items() if key not in self._values}, _OUTER_HARMLESS
             )
 
     @classmethod

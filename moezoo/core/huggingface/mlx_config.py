@@ -3,7 +3,7 @@
 from typing import Any
 
 from moezoo.core.huggingface.family import Family
-from moezoo.core.huggingface.fields import Fields
+from moezoo.core.huggingface.fields import INNER, Fields
 from moezoo.core.huggingface.parts import older_spellings
 from moezoo.core.spec import ModelSpec
 
@@ -35,8 +35,9 @@ def with_mlx_spellings(family: Family, fields: Fields, spec: ModelSpec) -> dict[
 
 
 def without_quantization(config: dict[str, Any]) -> dict[str, Any]:
-    """Return a config.json, and its `text_config`, without a quantization."""
+    """Return a config.json, and those in it that lead to its `text_config`, without a quantization."""
     kept = {key: value for key, value in config.items() if key not in QUANTIZATION}
-    if isinstance(kept.get("text_config"), dict):
-        kept["text_config"] = without_quantization(kept["text_config"])
+    for name in INNER:
+        if isinstance(kept.get(name), dict):
+            kept[name] = without_quantization(kept[name])
     return kept

@@ -143,6 +143,7 @@ def test_end_tokens_come_from_file_then_model_then_tokenizer(tmp_path):
     assert read(tmp_path, {"eos_token_id": 9}, eos_token_id=[5, 6, 5]).end_tokens == (5, 6)
     assert read(tmp_path, {"eos_token_id": 9}).end_tokens == (9,)
     assert read(tmp_path, {"text_config": {"eos_token_id": [8]}}).end_tokens == (8,)
+    assert read(tmp_path, {"thinker_config": {"text_config": {"eos_token_id": [8]}}}).end_tokens == (8,)
     assert read(tmp_path).ending_with(7).end_tokens == (7,)
     assert read(tmp_path, eos_token_id=4).ending_with(7).end_tokens == (4,)
     assert read(tmp_path, {"pad_token_id": -1}).padding is None
