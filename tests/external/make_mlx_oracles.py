@@ -126,6 +126,7 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3_5_moe": {},
     "qwen3_moe": {"rope_scaling": None},
     "qwen3_next": {},
+    "qwen3_vl_moe": {},
     "solar_open": {"rope_scaling": None},
 }
 

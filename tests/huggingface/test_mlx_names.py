@@ -24,6 +24,7 @@ NOT_THERE = {
     "cohere2_moe",
     "deepseek_v4",
     "dots3_note_text",
+    "ernie4_5_vl_moe_text",
     "flex_olmo",
     "flint",
     "granitemoe_swa",
