@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' tolerances are float32's; a GPU would multiply in TF32
@@ -22,7 +23,7 @@ import pytest
 import moezoo.mlx_backend  # noqa: F401  loads OpenBLAS, which must come before any test imports MLX
 from moezoo.core.garbage import collect_seldom
 from tests.support.backends_available import require_backend
-from tests.support.twins import Twin
+from tests.support.twins import Twin, forget_programs
 
 # Of these parts every option is also in a combination, which JAX runs whole in the gate (tests/parity). So one case of
 # each test is enough there on JAX, where compiling the others takes a minute: they run on MLX, and before a release.
@@ -48,6 +49,14 @@ def twin(request: pytest.FixtureRequest) -> Twin:
     """Each backend in turn; a skip where it is missing, or a failure where MOEZOO_REQUIRE_BACKENDS names it."""
     require_backend(request.param)
     return Twin(request.param)
+
+
+@pytest.fixture
+def monkeypatch(monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
+    """Pytest's; and no program of a layer outlives what it was traced from."""
+    forget_programs()
+    yield monkeypatch
+    forget_programs()
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -64,7 +64,7 @@ def test_padding_and_pieces_do_not_change_the_cache(twin):
 def test_a_document_begins_with_an_empty_state(twin):
     document_BT = np.array([[0, 0, 1, 1, 1]] * B)
     documents = twin.module("positions").packed_documents(twin.array(document_BT))
-    found = twin.numpy(layer_of(twin)(twin.array(X_BTD), documents=documents).out_BTD)
+    found = twin.numpy(twin.compiled(layer_of(twin))(twin.array(X_BTD), documents=documents).out_BTD)
     expected = mamba(SPEC, VALUES, X_BTD, documents=packed_documents(document_BT)).out_BTD
     alone = np.concatenate([reference(VALUES, X_BTD[:, part]) for part in (slice(0, 2), slice(2, T))], axis=1)
     assert_close(expected, alone, FLOAT32)

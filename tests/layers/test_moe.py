@@ -103,7 +103,7 @@ def context_of(twin: Twin, **fields):
 
 def output(twin: Twin, spec: MoESpec, x_BTD=X_BTD, values=None, raw_BTD=None, **context) -> np.ndarray:
     raw_BTD = None if raw_BTD is None else twin.array(raw_BTD)
-    layer = layer_of(twin, spec, values)
+    layer = twin.compiled(layer_of(twin, spec, values))
     return twin.numpy(layer(twin.array(x_BTD), context_of(twin, **context), raw_BTD=raw_BTD)[0])
 
 
@@ -174,7 +174,8 @@ def test_jitter_of_the_mixture_reaches_all_who_look_at_a_token(twin, kind):
 def test_jitter_of_the_mixture_needs_a_key_and_keeps_bfloat16(twin):
     spec = noisy_mixture("shared")
     assert_close(output(twin, spec), output(twin, SPECS["shared"]), EXACT)
-    assert "bfloat16" in str(layer_of(twin, spec)(twin.array(X_BTD, "bfloat16"), context_of(twin, key=KEY))[0].dtype)
+    layer = twin.compiled(layer_of(twin, spec))
+    assert "bfloat16" in str(layer(twin.array(X_BTD, "bfloat16"), context_of(twin, key=KEY))[0].dtype)
 
 
 def output_of(spec: MoESpec, values, choice: int, weight: float, x_D: np.ndarray) -> np.ndarray:
@@ -303,11 +304,12 @@ def test_experts_without_computation_get_no_row(twin):
     """Every token is sent to a zero and a copy expert: nothing is computed, and each gets its share of itself."""
     spec, values = SPECS["without computation"], values_of(SPECS["without computation"])
     forced_PK = np.tile([E, E + 2], (P, 1))
-    out, routing, dispatched = layer_of(twin, spec, values)(twin.array(X_BTD), context_of(twin, forced_PK=forced_PK))
+    layer = twin.compiled(layer_of(twin, spec, values))
+    out, routing, dispatched = layer(twin.array(X_BTD), context_of(twin, forced_PK=forced_PK))
     assert twin.numpy(dispatched.size_E).sum() == 0
     weight_PK = twin.numpy(routing.weight_PK)
     assert_close(twin.numpy(out).reshape(P, D), weight_PK[:, 1:] * X_BTD.reshape(P, D), FLOAT32)
-    zero = layer_of(twin, spec, values)(twin.array(X_BTD), context_of(twin, forced_PK=np.tile([E, E], (P, 1))))[0]
+    zero = layer(twin.array(X_BTD), context_of(twin, forced_PK=np.tile([E, E], (P, 1))))[0]
     np.testing.assert_array_equal(twin.numpy(zero), 0)
 
 
@@ -333,9 +335,17 @@ def test_forced_experts_are_used(twin):
 
 
 def test_record_holds_the_same_names_and_values_as_the_references(twin):
-    expected, actual = {}, {}
+    expected, names = {}, []
     moe(SPECS["shared"], values_of(SPECS["shared"]), X_BTD, record=expected, name="here")
-    layer_of(twin, SPECS["shared"])(twin.array(X_BTD), record=actual, name="here")
+    layer = layer_of(twin, SPECS["shared"])
+
+    def recorded(x_BTD):
+        record = {}
+        layer(x_BTD, record=record, name="here")
+        names.extend(record)
+        return list(record.values())
+
+    actual = dict(zip(names, twin.compiled_function(recorded)(twin.array(X_BTD)), strict=True))
     assert list(actual) == list(expected) == ["here.router.logits", "here.router.weight", "here.routed"]
     assert_all_close({name: twin.numpy(value) for name, value in actual.items()}, expected, FLOAT32)
 

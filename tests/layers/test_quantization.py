@@ -20,7 +20,7 @@ def in_gate(format: QuantizationFormat) -> bool:
 def test_numbers_are_those_of_the_reference(twin, format):
     weight = random_weight(format, (2, 128, 3), (0, 2), (1,), ml_dtypes.bfloat16)
     module = twin.module("quantization")
-    values = twin.numpy(module.dequantize(module.quantized_array(weight)))
+    values = twin.numpy(twin.compiled_function(module.dequantize)(module.quantized_array(weight)))
     expected = dequantize(weight)
     assert values.shape == expected.shape
     np.testing.assert_allclose(values, expected, rtol=1e-6, atol=1e-5)
@@ -30,7 +30,7 @@ def test_numbers_are_those_of_the_reference(twin, format):
 def test_affine_numbers_are_rounded_as_product_and_as_sum_to_the_dtype_of_the_scales(twin, dtype):
     weight = random_weight(QuantizationFormat("affine", 6, 32), (64, 96), (0,), (1,), dtype)
     module = twin.module("quantization")
-    values = twin.numpy(module.dequantize(module.quantized_array(weight)))
+    values = twin.numpy(twin.compiled_function(module.dequantize)(module.quantized_array(weight)))
     np.testing.assert_array_equal(values, weight.values())
     np.testing.assert_array_equal(values, values.astype(dtype).astype(np.float32))
     np.testing.assert_array_equal(values, dequantize(weight).astype(np.float32))
@@ -58,9 +58,9 @@ def test_numbers_that_are_not_finite_are_found_in_codes(twin, mode, case):
     finite = bool(np.isfinite(weight.values()).all())
     module = twin.module("quantization")
     on_device = module.quantized_array(weight)
-    found = bool(module.is_surely_finite(on_device))
+    found = bool(twin.compiled_function(module.is_surely_finite)(on_device))
     assert not found or finite
-    assert found or finite == bool(np.isfinite(twin.numpy(module.dequantize(on_device))).all())
+    assert found or finite == bool(np.isfinite(twin.numpy(twin.compiled_function(module.dequantize)(on_device))).all())
     assert is_finite_weight(weight) == finite
     if case in FOUND_IN_CODES:
         assert found == finite
@@ -80,7 +80,8 @@ def test_codes_come_back_from_the_device(twin, format):
 def test_rows_of_two_axes_in_bfloat16(twin):
     weight = random_weight(QuantizationFormat("affine", 5, 32), (2, 32, 3), (2,), (0, 1))
     module = twin.module("quantization")
-    narrow = module.dequantize(module.quantized_array(weight).astype(twin.module("arrays").DTYPES["bfloat16"]))
+    given = module.quantized_array(weight).astype(twin.module("arrays").DTYPES["bfloat16"])
+    narrow = twin.compiled_function(module.dequantize)(given)
     assert narrow.shape == weight.shape
     assert str(narrow.dtype).endswith("bfloat16")
     np.testing.assert_allclose(twin.numpy(narrow), dequantize(weight), rtol=2**-8, atol=1e-5)
@@ -92,5 +93,5 @@ def test_rows_are_taken_in_codes_and_then_decoded(twin, format, shape, lead, pac
     weight, index = random_weight(format, shape, lead, packed), np.array([[3, 0], [1, 3]])
     module, expected = twin.module("quantization"), dequantize(weight)
     for given in (module.quantized_array(weight), twin.array(expected)):
-        rows = module.take(given, twin.array(index))
+        rows = twin.compiled_function(module.take)(given, twin.array(index))
         np.testing.assert_allclose(twin.numpy(rows), expected[index], rtol=1e-6, atol=1e-5)

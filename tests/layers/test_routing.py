@@ -108,7 +108,7 @@ def context_of(twin: Twin, forced_PK=None, **masks):
 
 
 def routed(twin: Twin, spec: RouterSpec, x_PD=X_PD, w_DE=None, forced_PK=None, **masks) -> Routing:
-    routing = router(twin, spec, w_DE)(twin.array(x_PD), context_of(twin, forced_PK, **masks))
+    routing = twin.compiled(router(twin, spec, w_DE))(twin.array(x_PD), context_of(twin, forced_PK, **masks))
     return Routing(*(None if value is None else twin.numpy(value) for value in routing), margin_P=None)
 
 
@@ -177,7 +177,8 @@ def test_a_state_holds_that_of_all_layers_before(twin):
     """With no input, the third layer's state is the first layer's, times both scales."""
     spec, zeros = SPECS["mlp"], np.zeros((P, D))
     values = values_of(spec) | {"mlp.b_down": np.zeros(Z)}
-    layer, state = twin.module("routing").Router(spec, twin.weights(values)), twin.array(PREVIOUS_PZ)
+    layer = twin.compiled(twin.module("routing").Router(spec, twin.weights(values)))
+    state = twin.array(PREVIOUS_PZ)
     for _ in range(2):
         state = layer(twin.array(zeros), twin.module("choice").RoutingContext(previous_PZ=state)).state_PZ
     assert_close(twin.numpy(state), PREVIOUS_PZ * VALUES["mlp.state_scale"] ** 2, FLOAT32)
@@ -312,10 +313,11 @@ def test_logits_of_ten_thousand_do_not_overflow(twin, kind):
 @pytest.mark.parametrize("kind", ["normalized input", "residual, temperature and cap", "jitter of the input", "noise"])
 def test_a_router_in_float32_rounds_nothing_of_a_bfloat16_model(twin, kind):
     x = twin.array(X_PD, "bfloat16")
-    routing, exact = router(twin, SPECS[kind])(x, context_of(twin)), reference(SPECS[kind], x_PD=twin.numpy(x))
+    routing = twin.compiled(router(twin, SPECS[kind]))(x, context_of(twin))
+    exact = reference(SPECS[kind], x_PD=twin.numpy(x))
     assert "float32" in str(routing.weight_PK.dtype)
     assert_close(twin.numpy(routing.logits_PE), exact.logits_PE, FLOAT32)
-    in_compute = router(twin, SPECS[kind].model_copy(update={"dtype": "compute"}))(x, context_of(twin))
+    in_compute = twin.compiled(router(twin, SPECS[kind].model_copy(update={"dtype": "compute"})))(x, context_of(twin))
     assert "float32" in str(in_compute.weight_PK.dtype)
     assert_close(twin.numpy(in_compute.logits_PE), exact.logits_PE, BFLOAT16)
 
@@ -501,7 +503,7 @@ def test_routing_is_that_of_the_released_family(twin, family):
     for layer, logits_PE in enumerate(logits_LPE):
         values = {name: value[layer] for name, value in learned.items() if value is not None}
         values["w_router"] = np.eye(logits_PE.shape[-1])
-        routing = twin.module("routing").Router(spec, twin.weights(values))(twin.array(logits_PE))
+        routing = twin.compiled(twin.module("routing").Router(spec, twin.weights(values)))(twin.array(logits_PE))
         on_device = Routing(*(None if value is None else twin.numpy(value) for value in routing), margin_P=None)
         for ours in (route(spec, values, logits_PE.astype(np.float64)), on_device):
             expert_PK, weight_PK = by_expert(ours)

@@ -26,10 +26,13 @@ OPTIONS = {
 
 def sampled(twin: Twin, logits_BV, options: SamplingOptions, position_B) -> np.ndarray:
     sampling = twin.module("sampling")
-    rule = sampling.rule_of(options)
     rows = twin.array(np.arange(len(logits_BV), dtype=np.uint32))
-    draw_B = sampling.draws(rule.key, twin.array(np.asarray(position_B, np.uint32)), rows)
-    return twin.numpy(sampling.sample(twin.array(logits_BV), rule, draw_B))
+
+    def drawn(logits_BV, rule, position_B):
+        return sampling.sample(logits_BV, rule, sampling.draws(rule.key, position_B, rows))
+
+    position_B = twin.array(np.asarray(position_B, np.uint32))
+    return twin.numpy(twin.compiled_function(drawn)(twin.array(logits_BV), sampling.rule_of(options), position_B))
 
 
 @pytest.mark.parametrize("name", OPTIONS)

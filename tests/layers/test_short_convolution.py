@@ -106,7 +106,7 @@ def test_cached_parts_equal_the_uncached_pass(twin):
     """A part shorter than the convolution, tokens one at a time, a part longer than it."""
     parts = (2, 1, 1, 1, 6)
     x_BTD = normal(0, B, sum(parts), D)
-    layer, cache, found = layer_of(twin), empty_cache(twin, twin.array(x_BTD)), []
+    layer, cache, found = twin.compiled(layer_of(twin)), empty_cache(twin, twin.array(x_BTD)), []
     for start, part in zip(np.cumsum((0, *parts)), parts, strict=False):
         attended = layer(twin.array(x_BTD[:, start : start + part]), cache)
         cache = attended.cache
@@ -123,7 +123,9 @@ def test_padding_does_not_change_the_cache(twin):
     )
     for row, start in enumerate(first):
         before = twin.array(x_BTD[:1])
-        alone = layer(twin.array(x_BTD[row : row + 1, start:]), empty_cache_of(twin, 1, before.dtype)).cache
+        alone = twin.compiled(layer)(
+            twin.array(x_BTD[row : row + 1, start:]), empty_cache_of(twin, 1, before.dtype)
+        ).cache
         assert_close(twin.numpy(cache.input_BSZ)[row : row + 1], twin.numpy(alone.input_BSZ), FLOAT32)
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from types import ModuleType
 from typing import Any
 
@@ -86,15 +87,16 @@ class Twin:
         )
 
     def compiled(self, layer: Callable[..., Any]) -> Callable[..., Any]:
-        """The layer's call as JAX compiles it: one program for each shape, in place of one for each operation."""
+        """The layer's call as JAX compiles it: one program for each shape, in place of one for each operation.
+
+        Layers of one spec share their programs, also those of other tests (but see `forget_programs`).
+        """
         if self.name != "jax":
             return layer
-        import jax
         from flax import nnx
 
         graph, state = nnx.split(layer)
-        call = jax.jit(lambda state, *arrays, **named: nnx.merge(graph, state)(*arrays, **named))
-        return lambda *arrays, **named: call(state, *arrays, **named)
+        return lambda *arrays, **named: _layer_call()(graph, state, *arrays, **named)
 
     def compiled_function(self, function: Callable[..., Any]) -> Callable[..., Any]:
         """The function as JAX compiles it, of arrays alone."""
@@ -149,6 +151,20 @@ class Twin:
         if layer is not None:
             layer.update(before)
         return out, dict(tree_flatten(of_layer)), of_arrays
+
+
+@cache
+def _layer_call() -> Any:
+    """Call the layer of a graph and a state, compiled for each graph."""
+    import jax
+    from flax import nnx
+
+    return jax.jit(lambda graph, state, *arrays, **named: nnx.merge(graph, state)(*arrays, **named), static_argnums=0)
+
+
+def forget_programs() -> None:
+    """Compile layers anew: what they call is not what it was."""
+    _layer_call.cache_clear()
 
 
 def reference_gradients(
