@@ -1,12 +1,13 @@
-"""A piece of a matrix in each format of codes of compressed-tensors, ModelOpt and transformers, and its numbers.
+"""A piece of a matrix in each format of compressed-tensors, ModelOpt, transformers and gptqmodel, and its numbers.
 
     python tests/external/make_quantized_pieces.py [--check]
 
 Writes tests/data/huggingface/quantized_pieces.npz: per kind the stored arrays, `KIND ENDING` (floats of 8 and 16 bits
 as unsigned integers), and `KIND values`, bfloat16 bits of the numbers that the other implementation decodes:
-compressed-tensors by its compressors, transformers by `Fp8Dequantize` (E2M1 as DeepSeek-V4 has it, MXFP8 in bytes), and
-for ModelOpt torch's float8 and a table of E2M1. `--check` compares with the file in place of writing it. Needs torch,
-transformers and compressed-tensors 0.20.
+compressed-tensors by its compressors, transformers by `Fp8Dequantize` (E2M1 as DeepSeek-V4 has it, MXFP8 in bytes),
+gptqmodel by `TorchLinear` (GPTQ) and `dequantize_gemm` (AWQ), and for ModelOpt torch's float8 and a table of E2M1.
+`--check` compares with the file in place of writing it. Needs torch, transformers, compressed-tensors 0.20 and
+gptqmodel 7.7.
 """
 
 import argparse
@@ -17,10 +18,14 @@ import numpy as np
 import torch
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
+from gptqmodel.nn_modules.qlinear.torch import TorchLinear
+from gptqmodel.quantization.awq.utils.packing_utils import dequantize_gemm
+from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
 PATH = Path(__file__).parents[1] / "data/huggingface/quantized_pieces.npz"
 ROWS, SIZE = 12, 64
+COLUMNS, GROUP = 32, 32  # of GPTQ and AWQ, whose codes are of columns
 E2M1 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 INTEGERS = {"type": "int", "symmetric": True}
@@ -88,6 +93,38 @@ def of_transformers(codes):
     return {"weight": codes, "weight_scale_inv": scale}, values
 
 
+def words(*shape):
+    return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
+
+
+def gptq(bits, *, symmetric=False, version=1):
+    """Return codes packed along inputs, and the numbers of gptqmodel; float32 scales, so that nothing is rounded."""
+    groups, half = SIZE // GROUP, 2 ** (bits - 1)
+    zero = sum((half - (version == 1)) << place for place in range(0, 32, bits))
+    stored = {
+        "qweight": words(SIZE * bits // 32, COLUMNS),
+        "qzeros": words(groups, COLUMNS * bits // 32) & (0x77777777 if bits == 4 else 0x7F7F7F7F),
+        "scales": (torch.rand(groups, COLUMNS) * 0.01 + 0.001).half(),
+        "g_idx": torch.arange(SIZE, dtype=torch.int32) // GROUP,
+    }
+    if symmetric:
+        stored["qzeros"] = torch.full_like(stored["qzeros"], zero - 2**32 if zero >= 2**31 else zero)
+    linear = TorchLinear(bits, GROUP, sym=symmetric, desc_act=False, in_features=SIZE, out_features=COLUMNS)
+    for name, tensor in stored.items():
+        setattr(linear, name, tensor.float() if name == "scales" else tensor.clone())
+    if version == 1:
+        convert_gptq_v1_to_v2_format_module(linear, bits, torch.int32)
+    linear.post_init()
+    return stored, linear.eval().dequantize_weight().T
+
+
+def awq():
+    groups = SIZE // GROUP
+    stored = {"qweight": words(SIZE, COLUMNS // 8), "qzeros": words(groups, COLUMNS // 8)}
+    stored["scales"] = (torch.rand(groups, COLUMNS) * 0.01 + 0.001).half()
+    return stored, dequantize_gemm(stored["qweight"], stored["qzeros"], stored["scales"].float(), 4, GROUP).T
+
+
 def pieces():
     torch.manual_seed(21)
     found = {}
@@ -96,6 +133,8 @@ def pieces():
     found["modelopt"] = modelopt(torch.randn(ROWS, SIZE) * 0.05)
     found["fp4"] = of_transformers(torch.randint(-128, 128, (ROWS, SIZE // 2), dtype=torch.int8))
     found["fp8_bytes"] = of_transformers(torch.randn(ROWS, SIZE).to(torch.float8_e4m3fn))
+    found |= {"gptq": gptq(4), "gptq8": gptq(8), "gptq_symmetric": gptq(4, symmetric=True)}
+    found |= {"gptq_v2": gptq(4, version=2), "awq": awq()}
     arrays = {}
     for kind, (stored, values) in found.items():
         for name, tensor in (stored | {"values": values.bfloat16()}).items():

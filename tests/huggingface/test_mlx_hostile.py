@@ -125,7 +125,7 @@ def test_declarations_that_do_not_fit(change: Callable[[Any], None], message: st
     assert "\n" not in str(refused.value)
 
 
-@pytest.mark.parametrize("method", ["awq", "gptq", "bitsandbytes", "quark"])
+@pytest.mark.parametrize("method", ["aqlm", "bitsandbytes", "quark"])
 def test_other_quantizations_are_refused_by_name(method: str, tmp_path: Path) -> None:
     folder = changed(tmp_path)
     values = json.loads((folder / "config.json").read_text())

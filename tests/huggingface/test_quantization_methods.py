@@ -37,6 +37,8 @@ def compressed(format: str, type: str, bits: int, **weights: Any) -> dict[str, A
     return own | {"ignore": ["lm_head", "re:.*mlp.gate$"], "quantization_status": "compressed"}
 
 
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": False, "lm_head": False}
+
 # kind: quantization_config, and the mode of its codes
 KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "int4_group": (compressed("pack-quantized", "int", 4, **GROUP), "signed"),
@@ -51,9 +53,23 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "modelopt": ({"quant_method": "modelopt", "quant_algo": "NVFP4", "ignore": ["lm_head"]}, "fp4"),
     "fp4": ({"quant_method": "fp8", "weight_block_size": [128, 128], "scale_fmt": "ue8m0"}, "mxfp4"),
     "fp8_bytes": ({"quant_method": "mxfp8", "weight_block_size": [1, 32]}, "mxfp8"),
+    "gptq": (GPTQ | {"sym": False}, "affine"),
+    "gptq8": (GPTQ | {"sym": False, "bits": 8, "dynamic": {"-:.*mlp.gate.*": {}}}, "affine"),
+    "gptq_symmetric": (GPTQ | {"sym": True}, "signed"),
+    "gptq_v2": (GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}, "affine"),
+    "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, "affine"),
 }
 FLOAT8 = {"nvfp4 weight_scale", "modelopt weight_scale", "mxfp8 weight", "fp8_bytes weight"}
-DTYPES = {"uint8": "U8", "int8": "I8", "int32": "I32", "int64": "I64", "uint16": "BF16", "float32": "F32"}
+COLUMNS = ("gptq", "gptq8", "gptq_symmetric", "gptq_v2", "awq")
+DTYPES = {
+    "float16": "F16",
+    "uint8": "U8",
+    "int8": "I8",
+    "int32": "I32",
+    "int64": "I64",
+    "uint16": "BF16",
+    "float32": "F32",
+}
 
 
 def piece(kind: str, rows: int) -> Tensors:
@@ -66,13 +82,22 @@ def piece(kind: str, rows: int) -> Tensors:
                 continue
             array = arrays[name]
             dtype = "F8_E4M3" if name in FLOAT8 else DTYPES[array.dtype.name]
-            if ending == "weight_shape":
+            if kind in COLUMNS:
+                if array.ndim == 2:
+                    per_column = array.shape[1] / 32  # the piece has 32
+                    array = array.take(range(round(rows * per_column)), axis=1, mode="wrap")
+            elif ending == "weight_shape":
                 array = np.array([rows, SIZE])
             elif array.ndim == 2:
                 of_words = ending == "weight_zero_point" and array.dtype == np.int32
                 array = np.resize(array, (-(-rows // 8) if of_words else rows, array.shape[1]))
             found[ending] = (dtype, array)
     return found
+
+
+def rows_of(kind: str) -> int:
+    """Return the rows of a kind's piece."""
+    return 32 if kind in COLUMNS else ROWS
 
 
 def numbers(kind: str) -> np.ndarray:
@@ -92,17 +117,18 @@ def write(
     values = read_fixture("qwen3_moe").description["config"] | {
         "quantization_config": json.loads(json.dumps(KINDS[kind][0]))
     }
-    values |= {"hidden_size": HIDDEN, "num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 4}
+    rows = rows_of(kind)
+    values |= {"hidden_size": HIDDEN, "num_attention_heads": rows // 4, "num_key_value_heads": rows // 4, "head_dim": 4}
     values |= {"num_hidden_layers": 1, "moe_intermediate_size": SIZE, "num_local_experts": 3, "mlp_only_layers": []}
     attention, experts = "model.layers.0.self_attn.", "model.layers.0.mlp.experts."
-    coded = {f"{attention}{name}_proj": ROWS for name in "qkv"}
+    coded = {f"{attention}{name}_proj": rows for name in "qkv"}
     coded |= {f"{experts}{e}.{name}_proj": SIZE for e in range(3) for name in ("gate", "up", "down")}
     floats = {
         **{f"model.{name}.weight": (values["vocab_size"], HIDDEN) for name in ("embed_tokens",)},
         **{"lm_head.weight": (values["vocab_size"], HIDDEN), "model.norm.weight": (HIDDEN,)},
         **{f"model.layers.0.{name}_layernorm.weight": (HIDDEN,) for name in ("input", "post_attention")},
         **{f"{attention}{name}_norm.weight": (4,) for name in "qk"},
-        **{f"{attention}o_proj.weight": (HIDDEN, ROWS), "model.layers.0.mlp.gate.weight": (3, HIDDEN)},
+        **{f"{attention}o_proj.weight": (HIDDEN, rows), "model.layers.0.mlp.gate.weight": (3, HIDDEN)},
     }
     law = {"mean": 0.0, "std": 0.3}
     tensors: Tensors = {name: ("F32", drawn(7, name, shape, "F32", law)) for name, shape in floats.items()}
@@ -128,7 +154,7 @@ def test_codes_are_kept_and_decode_as_elsewhere(kind: str, tmp_path: Path) -> No
         assert weight.nbytes == opened.weights.stored_bytes(name)
         np.testing.assert_array_equal(weight.values(), opened.weights[name])
     query = coded["layers.0.attention.w_query"]
-    found = query.values().reshape(SIZE, ROWS).T
+    found = query.values().reshape(SIZE, -1).T
     bits = found.view(np.uint32)
     rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
     np.testing.assert_array_equal(rounded.view(np.float32), numbers(kind))
@@ -138,7 +164,7 @@ def test_codes_are_kept_and_decode_as_elsewhere(kind: str, tmp_path: Path) -> No
     assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "in/model.safetensors").read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["int4_zero", "nvfp4"])
+@pytest.mark.parametrize("kind", ["int4_zero", "nvfp4", "awq", "gptq_symmetric"])
 def test_a_run_folder_has_the_codes_for_the_way_back(kind: str, tmp_path: Path) -> None:
     convert(write(kind, tmp_path / "in"), tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "out")
@@ -248,6 +274,25 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
         instead("weight_g_idx", "I32", np.zeros(SIZE, np.int32)),
         "1 tensors that are unknown .*weight_g_idx",
     ),
+    "gptq without zeros": ("gptq", without("qzeros"), "q_proj.qweight, but no .qzeros"),
+    "gptq without scales": ("awq", without("scales"), "q_proj.qweight, but no .scales"),
+    "gptq and numbers": (
+        "gptq",
+        instead("weight", "F32", np.zeros((32, SIZE), np.float32)),
+        "q_proj.qweight, but also .weight",
+    ),
+    "gptq of other groups": (
+        "gptq",
+        instead("scales", "F16", np.zeros((4, 32), np.float16)),
+        r"scales is F16 \[4, 32\]; expected F16 or BF16 \[2, 32\] beside .qweight \[8, 32\], 4 bits and groups of 32",
+    ),
+    "gptq of one axis": (
+        "gptq",
+        instead("qweight", "I32", np.zeros(256, np.int32)),
+        r"qweight is I32 \[256\]; expected",
+    ),
+    "gptq with wide scales": ("awq", instead("scales", "F32", np.zeros((2, 32), np.float32)), "scales is F32"),
+    "parts of words": ("awq", instead("qweight", "I32", np.zeros((SIZE, 3), np.int32)), r"scales is F16 \[2, 32\]"),
     "another model": (
         "int4_group",
         lambda tensors: tensors.update({f"{QUERY}.{end}": form for end, form in piece("int4_group", 16).items()}),
@@ -308,6 +353,21 @@ CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda own: own.update(weight_block_size=[64, 64]),
         r"weight_block_size is \[64, 64\]; expected",
     ),
+    "gptq by activations": ("gptq", lambda own: own.update(desc_act=True), "desc_act is true; expected false"),
+    "gptq of 3 bits": ("gptq", lambda own: own.update(bits=3), "bits is 3; expected 4 or 8"),
+    "gptq of other groups": ("gptq", lambda own: own.update(group_size=48), "group_size is 48; expected 32 or 64"),
+    "gptq of another version": (
+        "gptq",
+        lambda own: own.update(checkpoint_format="marlin"),
+        "expected one of gptq, gptq_v2",
+    ),
+    "gptq of several widths": (
+        "gptq",
+        lambda own: own.update(dynamic={"+:.*q_proj": {"bits": 8}}),
+        "dynamic is .*; expected only modules that are not quantized",
+    ),
+    "awq for a vector": ("awq", lambda own: own.update(version="gemv"), 'version is "gemv"; expected "gemm"'),
+    "awq without zeros": ("awq", lambda own: own.update(zero_point=False), "zero_point is false; expected true"),
     "method": (
         "fp4",
         lambda own: own.update(quant_method="quark"),
@@ -438,6 +498,21 @@ def test_formats_may_be_mixed(tmp_path: Path) -> None:
     assert str(modes["layers.0.attention.w_key"]) == "4-bit fp4, groups of 16"
     (note,) = opened.weights.decoded_notes()
     assert "since their tensors have several formats: layers.0.moe.experts.w_up" in note
+
+
+def test_gptq_has_symmetric_zeros_and_groups_of_consecutive_inputs(tmp_path: Path) -> None:
+    for kind, ending, array, message in (
+        (
+            "gptq_symmetric",
+            "qzeros",
+            np.full((2, 4), 0x77767777, np.int32),
+            "codes of zero other than 8, but config.json",
+        ),
+        ("gptq", "g_idx", np.arange(SIZE, dtype=np.int32)[::-1] // 32, "other groups than those of consecutive inputs"),
+    ):
+        opened = open_checkpoint(write(kind, tmp_path / kind, instead(ending, "I32", array)))
+        with pytest.raises(MoezooError, match=f"q_proj.{ending} has {message}"):
+            opened.weights.stored("layers.0.attention.w_query")
 
 
 def test_a_scale_that_is_not_finite_is_named(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from moezoo.core.checkpoint.safetensors_header import size_bytes
 from moezoo.core.huggingface.assembly import assemble
 from moezoo.core.huggingface.ledger import FLOATS, Readable, Source
 from moezoo.core.huggingface.quantized_tensors import Quantized
-from moezoo.core.huggingface.stored_rows import code_words, group_scales, has_group_scales, scale_dtype
+from moezoo.core.huggingface.stored_rows import code_words, group_scales, has_group_scales, has_rows, scale_dtype
 from moezoo.core.huggingface.tensors import Placed
 from moezoo.core.quantization.formats import WORD_BITS, QuantizationFormat
 from moezoo.core.quantization.weight import QuantizedWeight
@@ -130,7 +130,7 @@ class _Stored:
 
     def has_rows(self, name: str) -> bool:
         tensor, parts = self._parts(name)
-        return self.quantized.have_rows(tensor.shape, parts)
+        return has_rows(tensor) and self.quantized.have_rows(tensor.shape, parts)
 
     def is_plain(self, name: str) -> bool:
         stored = self.quantized.folder.tensors[self._only(name)]
@@ -139,7 +139,11 @@ class _Stored:
         tensor = self.quantized.readable[name]
         assert tensor.format is not None
         form = (*tensor.shape[:-1], tensor.format.groups(tensor.shape[-1]))
-        return tensor.packing != "zero points" and stored.dtype in ("U8", *FLOATS) and stored.shape == form
+        return (
+            tensor.packing in ("words", "blocks", "bytes", "signed")
+            and stored.dtype in ("U8", *FLOATS)
+            and stored.shape == form
+        )
 
     def size_bytes(self, name: str) -> int:
         _, parts = self._parts(name)

@@ -34,7 +34,9 @@ _ACTIVATIONS = (
     *("*.input_global_scale", "*.input_zero_point", "*.qscale_act"),
 )
 
-Packing = Literal["words", "blocks", "fp8", "bytes", "signed", "zero points", "divided", "multiplied"]
+Packing = Literal[
+    "words", "blocks", "fp8", "bytes", "signed", "zero points", "divided", "multiplied", "gptq", "gptq v2", "awq"
+]
 """How a file stores codes and what is beside them: see moezoo.core.huggingface.stored_rows."""
 
 

@@ -15,6 +15,7 @@
                          X_packed     U8, E2M1      X_scale       E4M3, and X_global_scale             fp4
     modelopt             as compressed-tensors' F8_E4M3, and
                          X            U8, E2M1      X_scale       E4M3, and X_scale_2                  fp4
+    gptq, awq            see moezoo.core.huggingface.gptq_quantization
 
 For `fp8`, X_scale_inv may be X_scale, and `M.scale` or `M.qscale_weight` beside X = `M.weight`. Which of these a tensor
 is follows from the dtypes and shapes of the files; config.json must declare its kind.
@@ -31,6 +32,7 @@ from moezoo.core.errors import CheckpointError, SpecError
 from moezoo.core.huggingface.codecs import FP8_BLOCK, are_of_rows, fp8_shape, mxfp4_shape
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.folder import StoredTensor
+from moezoo.core.huggingface.gptq_quantization import awq_tensors, gptq_tensors
 from moezoo.core.huggingface.ledger import FLOATS, Packing, Readable
 from moezoo.core.quantization.formats import GROUP_SIZES, WORD_BITS, QuantizationFormat
 
@@ -129,6 +131,8 @@ METHODS: Mapping[str, Callable[[Fields, Tensors], dict[str, Readable]]] = {
     "compressed-tensors": _compressed_tensors,
     "modelopt": _modelopt,
     "modelopt_fp4": _modelopt,
+    "gptq": gptq_tensors,
+    "awq": awq_tensors,
 }
 
 

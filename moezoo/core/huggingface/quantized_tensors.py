@@ -21,7 +21,7 @@ from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, INTEGERS, Readable
 from moezoo.core.huggingface.mlx_quantization import declared, mlx_tensors
 from moezoo.core.huggingface.quantization_methods import transformers_tensors
-from moezoo.core.huggingface.stored_rows import code_words, group_scales
+from moezoo.core.huggingface.stored_rows import code_words, group_scales, has_rows
 from moezoo.core.quantization.weight import decode_rows
 
 Array = npt.NDArray[Any]
@@ -60,7 +60,7 @@ class Quantized:
         tensor = self.readable.get(name)
         if tensor is None:
             return self.have_rows(self.folder.tensors[name].shape, (name,))
-        return self.have_rows(tensor.shape, tensor.stored)
+        return has_rows(tensor) and self.have_rows(tensor.shape, tensor.stored)
 
     def have_rows(self, shape: tuple[int, ...], parts: Sequence[str]) -> bool:
         """Return True if these stored tensors have the rows of a tensor of this shape."""
@@ -97,7 +97,7 @@ def decode(tensor: Readable, arrays: Sequence[Array]) -> Array:
     format = tensor.format
     assert format is not None
     if is_packed(tensor):
-        scales, *biases = group_scales(tensor, arrays[1:], len(arrays[0]))
+        scales, *biases = group_scales(tensor, arrays[1:], len(arrays[0]) if has_rows(tensor) else None)
         codes = code_words(tensor, arrays[0])
         return decode_rows(format, codes, scales, biases[0] if biases else None, tensor.shape[-1])
     return (mxfp4_decode if format.mode == "mxfp4" else fp8_decode)(*arrays)
