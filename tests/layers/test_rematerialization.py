@@ -43,14 +43,17 @@ BEFORE_A_RELEASE = [
 
 @cache
 def trained(path: Path, rematerialize: str, backend: str, *, packed: bool = False) -> tuple[Model, StepMetrics]:
-    """Return the model after one step of two micro-batches, and the metrics of the step."""
+    """Return the model after one step of two micro-batches, and the metrics of the step.
+
+    Packed documents begin in the middle of a chunk of the gated delta rule, and continue in the next one.
+    """
     config = with_vocab_size(load_config(path), V)
     model = Twin(backend).backend().build(config.model, initial_weights(config.model, 0))
     model.start_training(config.optimizer, rematerialize=rematerialize)
-    windows = np.random.default_rng(0).integers(0, V, (2, 2, 14), dtype=np.int32)
+    windows = np.random.default_rng(0).integers(0, V, (2, 2, 42 if packed else 14), dtype=np.int32)
     targets = documents = None
     if packed:
-        documents = np.repeat([[[0, 1, 2, PADDING]], [[0, 3, 4, 5]]], [4, 6, 1, 2], axis=-1).repeat(2, axis=1)
+        documents = np.repeat([[[0, 1, 2, PADDING]], [[0, 3, 4, 5]]], [9, 1, 27, 4], axis=-1).repeat(2, axis=1)
         targets = np.where(documents == PADDING, IGNORED, windows[..., 1:])
     return model, model.train_step(windows, 1e-3, micro_batch_keys(0, 0, 2), targets, documents).fetch()
 
