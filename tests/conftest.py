@@ -4,7 +4,6 @@ import gc
 import os
 import signal
 from collections.abc import Iterator
-from types import SimpleNamespace
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # the tests' tolerances are float32's; a GPU would multiply in TF32
 
@@ -26,26 +25,12 @@ from tests.support.backends_available import require_backend
 from tests.support.twins import Twin, forget_programs
 
 # Every option of these parts is also in a combination, which JAX runs whole in the gate (tests/parity). So one case of
-# each of these tests is enough there on JAX, of experts one on each path: compiling the others takes a minute. They run
-# on MLX, and before a release. Caches, padding and packed documents are compiled in the gate.
+# each of these tests is enough there on JAX, where compiling the others takes half a minute of a core: they run on MLX,
+# and before a release. Caches, padding and packed documents, and experts on every path, are compiled in the gate.
 ONE_CASE_ON_JAX = {
     *(f"test_{part}.test_value_and_gradients_match_the_reference" for part in ("attention", "latent_attention", "moe")),
     *(f"test_{part}.test_bfloat16_is_near_float32" for part in ("attention", "moe")),
-    *(
-        f"test_experts.{test}"
-        for test in (
-            "test_bfloat16_matrices_give_what_their_numbers_in_float32_give",
-            "test_blocks_of_few_and_of_many_rows_match_the_reference",
-            "test_experts_of_every_kind_match_the_reference",
-            "test_grouped_product_and_its_gradients_match_the_reference_on_every_path",
-            "test_grouped_product_of_bfloat16_is_near_float32",
-            "test_rows_of_other_experts_do_not_leak_through_the_whole_feed_forward",
-            "test_unused_rows_change_nothing",
-            "test_value_and_gradients_of_experts_match_the_reference",
-        )
-    ),
 }
-_NO_PARAMETERS = SimpleNamespace(id="", params={})
 
 
 @pytest.fixture(scope="session", params=["jax", "mlx"])
@@ -96,13 +81,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     A worker must not find them left at the end, nor take some from the other and start their processes once more.
     """
     items.sort(key=lambda item: item.path.parent.name not in ("mesh", "distributed"))
-    compiled: set[tuple[str, str | None]] = set()
+    compiled: set[str] = set()
     for item in items:
-        case, test = getattr(item, "callspec", _NO_PARAMETERS), f"{item.path.stem}.{getattr(item, 'originalname', '')}"
-        released = item.get_closest_marker("release") is not None
-        if test in ONE_CASE_ON_JAX and "jax" in case.id.split("-") and not released:
-            if (test, case.params.get("path")) in compiled:
+        test = f"{item.path.stem}.{getattr(item, 'originalname', '')}"
+        if test in ONE_CASE_ON_JAX and "jax" in item.callspec.id.split("-") and not item.get_closest_marker("release"):
+            if test in compiled:
                 item.add_marker(pytest.mark.release)
-            compiled.add((test, case.params.get("path")))
+            compiled.add(test)
         if item.path.parent.name == "mesh":
             item.add_marker(pytest.mark.slow)
