@@ -49,21 +49,22 @@ class FeedForward(nnx.Module):
 def activate(spec: FeedForwardSpec, gate: jax.Array | None, up: jax.Array) -> jax.Array:
     """Spec: moezoo.core.reference.feed_forward.activate."""
     match spec:
-        case GatedFeedForwardSpec():
+        case GatedFeedForwardSpec(limit=limit):
             assert gate is not None
             match spec.kind:
                 case "swiglu":
-                    return jax.nn.silu(gate) * up
+                    factor = jax.nn.silu(gate)
                 case "geglu":
-                    return jax.nn.gelu(gate, approximate=True) * up
+                    factor = jax.nn.gelu(gate, approximate=True)
                 case "exact_geglu":
-                    return jax.nn.gelu(gate, approximate=False) * up
+                    factor = jax.nn.gelu(gate, approximate=False)
                 case "reglu":
-                    return jax.nn.relu(gate) * up
+                    factor = jax.nn.relu(gate)
                 case "relu_squared_glu":
-                    return jnp.square(jax.nn.relu(gate)) * up
+                    factor = jnp.square(jax.nn.relu(gate))
                 case _:
                     assert_never(spec.kind)
+            return factor * up if limit is None else jnp.minimum(factor, limit) * jnp.clip(up, -limit, limit)
         case ClampedSwiGLUSpec():
             assert gate is not None
             gate, up = jnp.minimum(gate, spec.limit), jnp.clip(up, -spec.limit, spec.limit)

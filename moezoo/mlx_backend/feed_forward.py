@@ -61,21 +61,25 @@ def activate(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.a
 
 def _activated(spec: FeedForwardSpec, gate: mx.array | None, up: mx.array) -> mx.array:
     match spec:
-        case GatedFeedForwardSpec():
+        case GatedFeedForwardSpec(kind="swiglu", limit=None):
+            assert gate is not None
+            return swiglu(gate, up)
+        case GatedFeedForwardSpec(limit=limit):
             assert gate is not None
             match spec.kind:
                 case "swiglu":
-                    return swiglu(gate, up)
+                    factor = gate * sigmoid(gate)
                 case "geglu":
-                    return _gelu(gate) * up
+                    factor = _gelu(gate)
                 case "exact_geglu":
-                    return nn.gelu(gate) * up
+                    factor = nn.gelu(gate)
                 case "reglu":
-                    return mx.maximum(gate, 0) * up
+                    factor = mx.maximum(gate, 0)
                 case "relu_squared_glu":
-                    return mx.square(mx.maximum(gate, 0)) * up
+                    factor = mx.square(mx.maximum(gate, 0))
                 case _:
                     assert_never(spec.kind)
+            return factor * up if limit is None else mx.minimum(factor, limit) * mx.clip(up, -limit, limit)
         case ClampedSwiGLUSpec():
             assert gate is not None
             gate, up = mx.minimum(gate, spec.limit), mx.clip(up, -spec.limit, spec.limit)

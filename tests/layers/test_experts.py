@@ -29,6 +29,7 @@ UNEVEN = SIZES["uneven, some empty"]
 SWIGLU = GatedFeedForwardSpec(hidden_dim=F)
 SPECS = {
     "swiglu": SWIGLU,
+    "swiglu, bounded": GatedFeedForwardSpec(hidden_dim=F, limit=0.5),
     "geglu, bias": GatedFeedForwardSpec(kind="geglu", hidden_dim=F, bias=True),
     "clamped_swiglu": ClampedSwiGLUSpec(hidden_dim=F, limit=1.5),
     "relu_squared": PlainFeedForwardSpec(kind="relu_squared", hidden_dim=F),

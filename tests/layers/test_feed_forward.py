@@ -16,6 +16,7 @@ CLAMPED = ClampedSwiGLUSpec(hidden_dim=F, limit=1.5)  # low enough to be met
 SPECS = {
     "swiglu": SWIGLU,
     "swiglu, bias": GatedFeedForwardSpec(hidden_dim=F, bias=True),
+    "swiglu, bounded": GatedFeedForwardSpec(hidden_dim=F, limit=0.5),
     "geglu": GatedFeedForwardSpec(kind="geglu", hidden_dim=F),
     "exact_geglu": GatedFeedForwardSpec(kind="exact_geglu", hidden_dim=F),
     "reglu": GatedFeedForwardSpec(kind="reglu", hidden_dim=F),
@@ -105,6 +106,18 @@ def test_clamped_gate_has_no_lower_limit_and_up_has_two(twin):
     limited = [(7.0, 7.0), (7.0, -7.0), (-9.0, 7.0), (0.5, 0.25), (7.0, -1.0)]
     expected = [g / (1 + math.exp(-1.702 * g)) * (u + 1) for g, u in limited]
     spec = ClampedSwiGLUSpec(hidden_dim=5)
+    assert_close(activate(spec, gate, up), expected, FLOAT64)
+    on_device = twin.module("feed_forward").activate(spec, twin.array(gate[None]), twin.array(up[None]))
+    assert_close(twin.numpy(on_device)[0], expected, FLOAT32)
+
+
+@pytest.mark.parametrize(("kind", "far"), [("swiglu", 9 / (1 + math.exp(9))), ("relu_squared_glu", 0.0)])
+def test_a_bound_is_of_the_activated_gate_and_of_up(twin, kind, far):
+    """Step 3.5: silu(gate) at most 7, so a gate of 7.001 is still below it; up in [-7, 7]."""
+    gate, up = np.array([9.0, 9.0, -9.0, 0.5, 7.001]), np.array([9.0, -8.0, 9.0, 0.25, -1.0])
+    inner = {"swiglu": lambda x: x / (1 + math.exp(-x)), "relu_squared_glu": lambda x: max(x, 0) ** 2}[kind]
+    expected = [7 * 7, 7 * -7, -far * 7, inner(0.5) * 0.25, -min(inner(7.001), 7)]
+    spec = GatedFeedForwardSpec(kind=kind, hidden_dim=5, limit=7.0)
     assert_close(activate(spec, gate, up), expected, FLOAT64)
     on_device = twin.module("feed_forward").activate(spec, twin.array(gate[None]), twin.array(up[None]))
     assert_close(twin.numpy(on_device)[0], expected, FLOAT32)

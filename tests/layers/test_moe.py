@@ -64,6 +64,10 @@ SPECS = {
     "shared, not clamped": moe_of(
         experts=ClampedSwiGLUSpec(hidden_dim=F, limit=0.5), shared=SharedExpertsSpec(hidden_dim=9, activation="swiglu")
     ),
+    "shared, bounded otherwise": moe_of(
+        experts=GatedFeedForwardSpec(hidden_dim=F, limit=0.3),
+        shared=SharedExpertsSpec(hidden_dim=9, activation="swiglu", limit=0.2),
+    ),
     "shared, with biases alone": moe_of(shared=SharedExpertsSpec(hidden_dim=9, bias=True, activation="exact_geglu")),
     "parallel": moe_of(shared=ParallelFeedForwardSpec(feed_forward=PlainFeedForwardSpec(kind="relu", hidden_dim=9))),
     "weight on input": moe_of(router=ON_INPUT, dispatch=CapacitySpec(factor=0.6)),

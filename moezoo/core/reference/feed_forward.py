@@ -49,25 +49,27 @@ def activate(spec: FeedForwardSpec, gate: Array | None, up: Array) -> Array:
     |---|---|
     | swiglu, geglu, exact_geglu, reglu | `f(gate) * up` with f silu, gelu, exact_gelu, relu |
     | relu_squared_glu | `relu(gate)^2 * up` |
+    | any of these with `limit` | the first factor at most `limit`, up in [-`limit`, `limit`] |
     | clamped_swiglu | `gate * sigmoid(alpha gate) * (up + up_offset)`, gate <= `limit`, up in [-`limit`, `limit`] |
     | softcapped_swiglu | `cap(gate) * sigmoid(gate) * cap(up)` with `cap(x) = c tanh(x / c)`, each with its own c |
     | relu, gelu, silu, relu_squared | `f(up)` |
     """
     match spec:
-        case GatedFeedForwardSpec():
+        case GatedFeedForwardSpec(limit=limit):
             match spec.kind:
                 case "swiglu":
-                    return silu(gate) * up
+                    factor = silu(gate)
                 case "geglu":
-                    return gelu(gate) * up
+                    factor = gelu(gate)
                 case "exact_geglu":
-                    return exact_gelu(gate) * up
+                    factor = exact_gelu(gate)
                 case "reglu":
-                    return relu(gate) * up
+                    factor = relu(gate)
                 case "relu_squared_glu":
-                    return relu(gate) ** 2 * up
+                    factor = relu(gate) ** 2
                 case _:
                     assert_never(spec.kind)
+            return factor * up if limit is None else np.minimum(factor, limit) * np.clip(up, -limit, limit)
         case ClampedSwiGLUSpec():
             gate, up = np.minimum(gate, spec.limit), np.clip(up, -spec.limit, spec.limit)
             return gate * sigmoid(spec.alpha * gate) * (up + spec.up_offset)

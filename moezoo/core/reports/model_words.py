@@ -18,6 +18,7 @@ from moezoo.core.spec import (
     DroplessSpec,
     FeedForwardSpec,
     GatedDeltaAttentionSpec,
+    GatedFeedForwardSpec,
     GatedStreamsSpec,
     GroupedQueryAttentionSpec,
     HeadConvolutionSpec,
@@ -154,9 +155,7 @@ def attention_in_words(spec: AttentionSpec) -> str:
         case Mamba2Spec():
             groups = "" if spec.num_groups == 1 else f", {spec.num_groups} groups"
             parts = [f"Mamba-2, {spec.num_heads} heads of {spec.head_dim}, state of {spec.state_dim}{groups}"]
-            parts.append(f"convolution of {spec.conv_width}")
-            if spec.bias:
-                parts.append("biases")
+            parts += [f"convolution of {spec.conv_width}", *(["biases"] * spec.bias)]
         case LightningAttentionSpec():
             parts = [f"lightning, {spec.num_heads} heads of {spec.head_dim}, decays times {spec.decay_scale:g}"]
         case ShortConvolutionSpec():
@@ -217,17 +216,17 @@ def _ngrams(spec: NGramEmbeddingsSpec) -> str:
 def _feed_forward(spec: FeedForwardSpec) -> str:
     usual = type(spec).model_fields["bias"].default
     biases = "" if spec.bias == usual else " with biases" if spec.bias else " without biases"
-    return f"{_FEED_FORWARDS[spec.kind]} {spec.hidden_dim}{biases}"
+    bounded = f" at most {spec.limit:g}" if isinstance(spec, GatedFeedForwardSpec) and spec.limit is not None else ""
+    return f"{_FEED_FORWARDS[spec.kind]} {spec.hidden_dim}{bounded}{biases}"
 
 
 def _norm(spec: NormSpec) -> str:
     match spec:
         case LayerNormSpec(bias=bias):
             return "layer norm" if bias else "layer norm without bias"
-        case RMSNormSpec(scale="none"):
-            return "RMS norm without scale"
         case RMSNormSpec(scale=scale):
-            return "RMS norm" if scale == "learned" else "zero-centred RMS norm"
+            words = {"learned": "RMS norm", "zero_centred": "zero-centred RMS norm", "none": "RMS norm without scale"}
+            return words[scale]
         case _:
             assert_never(spec)
 

@@ -11,11 +11,13 @@ class GatedFeedForwardSpec(Part):
     """Gated feed-forward of width F: `(f(x w_gate) * (x w_up)) w_down`. Source: Shazeer 2020, arXiv 2002.05202.
 
     f is SiLU (`swiglu`), GELU in its tanh approximation (`geglu`) or by erf (`exact_geglu`), ReLU (`reglu`), or squared
-    ReLU (`relu_squared_glu`; So et al. 2021, arXiv 2109.08668).
+    ReLU (`relu_squared_glu`; So et al. 2021, arXiv 2109.08668). `limit` bounds both factors, f(gate) from above and up
+    on both sides (StepFun 2026: Step 3.5); null: no bound.
     """
 
     kind: Literal["swiglu", "geglu", "exact_geglu", "reglu", "relu_squared_glu"] = "swiglu"
     hidden_dim: PositiveInt
+    limit: PositiveFloat | None = None
     bias: bool = False
 
 

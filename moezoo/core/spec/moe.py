@@ -142,10 +142,10 @@ class MoESpec(Part):
     def shared_feed_forward(self) -> FeedForwardSpec:
         """The dense feed-forward computed for every token. Raises ValueError if `shared` is null."""
         match self.shared:
-            case SharedExpertsSpec(num_experts=number, hidden_dim=width, bias=bias, activation=activation):
+            case SharedExpertsSpec(num_experts=number, hidden_dim=width, bias=bias, activation=activation, limit=limit):
                 bias = self.experts.bias if bias is None else bias
                 if activation is not None:
-                    return GatedFeedForwardSpec(kind=activation, hidden_dim=number * width, bias=bias)
+                    return GatedFeedForwardSpec(kind=activation, hidden_dim=number * width, limit=limit, bias=bias)
                 return self.experts.model_copy(update={"hidden_dim": number * width, "bias": bias})
             case ParallelFeedForwardSpec(feed_forward=feed_forward):
                 return feed_forward

@@ -2,9 +2,9 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, PositiveInt
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 
-from moezoo.core.spec.base import Part, default_kind
+from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.feed_forward import FeedForwardSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 
@@ -19,7 +19,7 @@ class SharedExpertsSpec(Part):
     weight: what a token does not need of the routed experts goes to the shared ones (Thinking Machines 2026: Inkling,
     the code in transformers). `bias`: set where the shared experts differ from the routed ones (possible in ERNIE 4.5);
     null: as the routed experts; likewise `activation`, where only the routed ones are clamped (HY-V4), or always have
-    SiLU (Aria).
+    SiLU (Aria), and with it the bound of its factors, `limit` (Step 3.5).
     """
 
     kind: Literal["sum", "sigmoid_gated", "average", "sink"] = "sum"
@@ -27,6 +27,17 @@ class SharedExpertsSpec(Part):
     hidden_dim: PositiveInt
     bias: bool | None = None
     activation: Literal["swiglu", "geglu", "exact_geglu", "reglu", "relu_squared_glu"] | None = None
+    limit: PositiveFloat | None = None
+
+    @model_validator(mode="after")
+    def _limited(self) -> "SharedExpertsSpec":
+        if self.limit is not None and self.activation is None:
+            raise impossible(
+                "limit",
+                f"is {self.limit:g}, but the activation is that of the routed experts",
+                "Set activation: swiglu, or the limit of experts",
+            )
+        return self
 
 
 class ParallelFeedForwardSpec(Part):

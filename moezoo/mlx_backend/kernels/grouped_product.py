@@ -5,7 +5,7 @@ from typing import Literal, NamedTuple
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import ExpertsSpec
+from moezoo.core.spec import ExpertsSpec, GatedFeedForwardSpec
 from moezoo.mlx_backend.adapter import AdaptedArray
 from moezoo.mlx_backend.arrays import named
 from moezoo.mlx_backend.kernels import codes
@@ -136,7 +136,7 @@ def grouped_product(x_RD: mx.array, w_EDF: Matrices, groups: Groups) -> mx.array
 
 def is_plain_swiglu(spec: ExpertsSpec) -> bool:
     """Return True for the experts that `grouped_swiglu` computes: the common ones."""
-    return spec.kind == "swiglu" and not spec.bias
+    return isinstance(spec, GatedFeedForwardSpec) and spec.kind == "swiglu" and spec.limit is None and not spec.bias
 
 
 def grouped_swiglu(

@@ -160,6 +160,7 @@ def test_head(head, words):
     [
         ({"hidden_dim": 8}, "SwiGLU 8"),
         ({"kind": "gelu", "hidden_dim": 8, "bias": True}, "GELU 8 with biases"),
+        ({"hidden_dim": 8, "limit": 7.0}, "SwiGLU 8 at most 7"),
         ({"kind": "relu", "hidden_dim": 8}, "ReLU 8"),
         ({"kind": "silu", "hidden_dim": 1}, "SiLU 1"),
         ({"kind": "relu_squared", "hidden_dim": 8}, "ReLU-squared 8"),

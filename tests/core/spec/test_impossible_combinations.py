@@ -31,6 +31,7 @@ MODULES = (
     "spec.positions",
     "spec.residual",
     "spec.routing",
+    "spec.shared_experts",
     "spec.state_space",
 )
 
@@ -179,6 +180,11 @@ CASES = {
         model(layer(moe=moe_of(shared={"kind": "sink", "hidden_dim": 4}))),
         "model.layers[0].moe.shared is sink, whose scores take part in the renormalization of the experts' own "
         "(x.yaml). Use score: sigmoid or sqrt_softplus, weight: score and renormalize: sum in router.",
+    ),
+    "a bound of shared experts of the routed ones' kind": (
+        model(layer(moe=moe_of(shared={"hidden_dim": 4, "limit": 7.0}))),
+        "model.layers[0].moe.shared.limit is 7, but the activation is that of the routed experts (x.yaml). Set "
+        "activation: swiglu, or the limit of experts.",
     ),
     "sink with biases": (
         model(layer(moe=moe_of({"score": "sigmoid"}, shared={"kind": "sink", "hidden_dim": 4, "bias": True}))),
