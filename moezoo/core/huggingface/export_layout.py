@@ -25,7 +25,13 @@ from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields, text_config
 from moezoo.core.huggingface.layout import CONFIG, Description, with_learned_norms
 from moezoo.core.huggingface.ledger import first_rules, stored_dtype
-from moezoo.core.huggingface.mlx_config import QUANTIZATION, mlx_lm_has, with_mlx_spellings, without_quantization
+from moezoo.core.huggingface.mlx_config import (
+    QUANTIZATION,
+    lacks_wrapper,
+    mlx_lm_has,
+    with_mlx_spellings,
+    without_quantization,
+)
 from moezoo.core.huggingface.quantized_tensors import numpy_dtype
 from moezoo.core.huggingface.recipe import Recipe
 from moezoo.core.huggingface.tensors import Placed
@@ -241,7 +247,9 @@ def _plain(format: QuantizationFormat) -> dict[str, Any]:
 
 
 def _mlx_config(family: Family, fields: Fields, spec: ModelSpec) -> dict[str, Any]:
-    """Return a config.json with the spellings that mlx-lm reads, in the wrapper that it needs."""
+    """Return a config.json with the spellings that mlx-lm reads, in the wrapper that it needs, or without one."""
+    if lacks_wrapper(family, fields):
+        fields = Fields(_text_config(fields) | {"model_type": family.name}, fields.where, fields.max_length)
     if not mlx_lm_has(family, fields):
         raise SpecError(
             f"mlx-lm 0.32 does not have model_type {fields.model_type} ({fields.where}). Use --layout transformers."

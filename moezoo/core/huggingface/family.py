@@ -28,6 +28,8 @@ class MlxLM:
         replaces: those of them that replace a value that is there, which says something else to it.
         without: model types of the family that it does not have.
         wrapper: model type of the multimodal wrapper without which it does not have the model.
+        lacks: model types of wrappers, and of text models in them, that it does not have: it has the text model alone,
+            by the family's name.
         zero_centred: its norms are zero-centred too; otherwise their scales are one more there.
         refuses: returns why it cannot compute a model of the family, or None if it can.
         drops: a part of the spec, by its field's name, that it drops with the tensors whose names have this ending.
@@ -38,6 +40,7 @@ class MlxLM:
     config: Callable[[ModelSpec], dict[str, Any]] | None = None
     replaces: tuple[str, ...] = ()
     wrapper: str | None = None
+    lacks: tuple[str, ...] = ()
     zero_centred: bool = False
     without: tuple[str, ...] = ()
     refuses: Callable[[ModelSpec], str | None] = lambda spec: None

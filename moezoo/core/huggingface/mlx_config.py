@@ -12,8 +12,14 @@ QUANTIZATION = ("quantization", "quantization_config")
 
 
 def mlx_lm_has(family: Family, fields: Fields) -> bool:
-    """Return True if mlx-lm has the model, so that it shall open what is written."""
-    return bool(family.mlx) and fields.model_type not in family.mlx_lm.without
+    """Return True if mlx-lm has the model as config.json names it, so that it shall open what is written."""
+    own = family.mlx_lm
+    return bool(family.mlx) and fields.model_type not in own.without and not lacks_wrapper(family, fields)
+
+
+def lacks_wrapper(family: Family, fields: Fields) -> bool:
+    """Return True if mlx-lm has the text model alone, but neither the wrapper nor the text model's type in it."""
+    return not {fields.model_type, fields.raw.get("model_type")}.isdisjoint(family.mlx_lm.lacks)
 
 
 def with_mlx_spellings(family: Family, fields: Fields, spec: ModelSpec) -> dict[str, Any]:
