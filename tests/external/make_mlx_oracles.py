@@ -128,13 +128,19 @@ CASES: dict[str, dict[str, Any]] = {
     "qwen3_next": {},
     "qwen3_vl_moe": {},
     "solar_open": {"rope_scaling": None},
+    "deepseek_ocr2": {"first_k_dense_replace": 1, "routed_scaling_factor": None},
+    "step3p7": {"share_expert_dim": 64},
 }
+ALONE = {"deepseek_ocr2": "deepseek", "step3p7": "step3p5"}
+"""Cases of wrappers that mlx-lm does not have, with the text model's type, which it has."""
 
 
 def config_of(case: str) -> dict[str, Any]:
     """Return a case's config.json with the sizes and options of this file."""
     config = copy.deepcopy(fixtures.read_fixture(case).description["hub_config"])
     config.pop("quantization_config", None)
+    if case in ALONE:
+        config = {"model_type": ALONE[case], **config["text_config"]}
     inner = config.get("text_config", config)
     for place in (inner, inner.get("ffn_config", {})):
         place.update({name: size for name, size in SIZES.items() if isinstance(place.get(name), int)})

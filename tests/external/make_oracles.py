@@ -412,6 +412,7 @@ class Routings:
             "BeamTopKRouter": "routed_scaling_factor",
             "LagunaTopKRouter": "moe_routed_scaling_factor",
             "MiniMaxM3VLTopKRouter": "routed_scaling_factor",
+            "Step3p7TopKRouter": "moe_router_scaling_factor",
         }
         return float(getattr(self.model.config.get_text_config(), names[kind])) if kind in names else 1.0
 

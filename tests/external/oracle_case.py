@@ -102,7 +102,9 @@ def law_of(case: Case, name: str, dtype: str) -> str:
     if re.search("visual|vision|resampler|audio_tower|talker|code2wav", name):
         return "matrix"
     law = next((law for pattern, law in LAW_OF_NAME if re.search(pattern, name)), "matrix")
-    if law == "norm" and case.config["model_type"].startswith(("qwen3_next", "qwen3_5_moe", "qwen4_exp", "minimax_m3")):
+    if law == "norm" and case.config["model_type"].startswith(
+        ("qwen3_next", "qwen3_5_moe", "qwen4_exp", "minimax_m3", "step3p")
+    ):
         return law if "linear_attn" in name else "zero_centred_norm"
     return law
 

@@ -561,6 +561,120 @@ add(
     keep_hidden=True,
     **LAGUNA,
 )
+DEEPSEEK_OCR = dict(
+    hidden_size=32,
+    vocab_size=64,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    num_hidden_layers=3,
+    intermediate_size=40,
+    mlp_layer_types=["dense", "sparse", "sparse"],
+    n_routed_experts=7,
+    num_experts_per_tok=3,
+    moe_intermediate_size=20,
+    n_shared_experts=2,
+    routed_scaling_factor=1.7,
+    dtype="float32",
+)
+OCR_VISION = dict(
+    sam_config=dict(
+        hidden_size=16,
+        output_channels=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        image_size=64,
+        patch_size=16,
+        window_size=2,
+        global_attn_indexes=[0],
+        mlp_ratio=2.0,
+        downsample_channels=[12, 16],
+    ),
+    encoder_config=dict(
+        vocab_size=4,
+        hidden_size=16,
+        intermediate_size=24,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=2,
+    ),
+)
+add(
+    "deepseek_ocr2",
+    "inside the multimodal wrapper: grouped queries, softmax weights as they are, two shared experts, scaled weights",
+    keep_hidden=True,
+    **{key: ... for key in COMMON if key != "tie_word_embeddings"},
+    model_type="deepseek_ocr2",
+    text_config=DEEPSEEK_OCR,
+    vision_config=OCR_VISION,
+    tie_word_embeddings=False,
+)
+STEP = dict(
+    hidden_size=32,
+    vocab_size=64,
+    num_attention_heads=4,
+    num_attention_groups=2,
+    head_dim=12,
+    max_position_embeddings=128,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    num_hidden_layers=4,
+    intermediate_size=40,
+    moe_layers_enum="1,2,3",
+    moe_num_experts=7,
+    moe_top_k=3,
+    moe_intermediate_size=20,
+    moe_router_scaling_factor=2.5,
+    share_expert_dim=28,
+    layer_types=["full_attention", "sliding_attention", "sliding_attention", "full_attention"],
+    sliding_window=8,
+    attention_other_setting={
+        "attention_type": "sliding_attention",
+        "num_attention_heads": 6,
+        "num_attention_groups": 2,
+        "head_dim": 12,
+    },
+    rope_theta=[5e5, 1e4, 1e4, 5e5],
+    partial_rotary_factors=[0.5, 1.0, 1.0, 0.5],
+    rope_scaling={
+        "rope_type": "llama3",
+        "factor": 2.0,
+        "original_max_position_embeddings": 64,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+    },
+    yarn_only_types=["full_attention"],
+    swiglu_limits=[0.0, 0.0, 0.4, 0.4],
+    swiglu_limits_shared=[0.3, 0.0, 0.5, 0.0],
+    dtype="float32",
+)
+STEP_VISION = dict(hidden_size=24, num_hidden_layers=1, num_attention_heads=2, image_size=16, patch_size=4)
+add(
+    "step3p7",
+    "inside the multimodal wrapper: gates per head, more heads in windows, bounded factors that differ per layer",
+    keep_hidden=True,
+    **{key: ... for key in COMMON if key != "tie_word_embeddings"},
+    model_type="step3p7",
+    text_config=STEP
+    | dict(
+        att_impl_type="GQA",
+        max_seq_len=128,
+        moe_router_activation="sigmoid",
+        need_fp32_gate=True,
+        norm_expert_weight=True,
+        sink=False,
+        use_head_wise_attn_gate=True,
+        use_moe=True,
+        use_moe_router_bias=True,
+        use_qk_norm=True,
+        use_rope_layers=[],
+        zero_centered=True,
+    ),
+    vision_config=STEP_VISION,
+    tie_word_embeddings=False,
+)
 INKLING = dict(
     model_type="inkling_text",
     num_hidden_layers=3,
@@ -626,6 +740,33 @@ add(
     "inkling2_text",
     "attention over depth, separate inputs, dynamic convolutions, clipped vectors, softcapped experts",
     **INKLING2,
+)
+add(
+    "inkling2",
+    "inside the multimodal wrapper, with the released names: a full layer first, one layer per block of the depth",
+    **dict.fromkeys(COMMON, ...),
+    model_type="inkling2",
+    text_config={
+        key: value
+        for key, value in (COMMON | {"dtype": "float32"} | INKLING2).items()
+        if value is not ... and key not in ("torch_dtype", "tie_word_embeddings", "model_type")
+    }
+    | dict(
+        layer_types=["hybrid", "hybrid_sliding", "hybrid_sliding"],
+        num_hidden_layers=3,
+        n_layers_per_attn_res_block=1,
+        conv_kernel_size=2,
+    ),
+    vision_config=dict(
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        patch_size=4,
+        posemb_grid_size=4,
+        projection_hidden_dim=12,
+        text_hidden_size=24,
+    ),
+    transformers_version="5.23.0",  # without it, transformers takes the files for MXFP8
 )
 DOTS3_NOTE = dict(
     model_type="dots3_note_text",

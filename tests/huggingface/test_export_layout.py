@@ -97,6 +97,18 @@ def test_a_text_model_gets_the_wrapper_that_mlx_lm_needs(tmp_path):
     assert all(name.startswith("language_model.") for name in names)
 
 
+def test_a_text_model_leaves_the_wrapper_that_mlx_lm_lacks(tmp_path):
+    source = write_checkpoint("step3p7", tmp_path / "source")
+    convert_layout(source, tmp_path / "out", recipe=FOUR_BITS)
+    config = json.loads((tmp_path / "out/config.json").read_text())
+    assert config["model_type"] == "step3p5"
+    assert not {"text_config", "vision_config"} & set(config)
+    assert config["moe_layers_enum"] == "1,2,3"
+    names = SafetensorsFile(tmp_path / "out/model.safetensors").entries
+    assert all(name.startswith(("model.", "lm_head.")) for name in names)
+    assert open_checkpoint(tmp_path / "out").ledger.counts().keys() <= {"mapped", "codes", "scales", "biases"}
+
+
 def test_routers_that_mlx_lm_cannot_quantize_stay_in_floats(tmp_path):
     source = write_checkpoint("deepseek_v3", tmp_path / "source")
     recipe = Recipe(bits=4, group_size=32, rules=(FormatRule(role=("router",), bits=4, group_size=32),))

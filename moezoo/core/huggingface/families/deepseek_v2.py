@@ -18,7 +18,7 @@ from moezoo.core.spec import (
 def spec(fields: Fields) -> ModelSpec:
     fields.expect("rope_interleave", True)
     attention = parts.latent_attention(fields)
-    moe = _moe(fields)
+    moe = mixture(fields)
     dense = parts.swiglu(fields, fields.count("intermediate_size"), bias=fields.flag("mlp_bias", False))
     first = fields.integer("first_k_dense_replace", 0)
     fields.expect("moe_layer_freq", 1)
@@ -28,7 +28,8 @@ def spec(fields: Fields) -> ModelSpec:
     return parts.model(fields, layers, norm=parts.rms_norm(fields))
 
 
-def _moe(fields: Fields) -> MoESpec:
+def mixture(fields: Fields) -> MoESpec:
+    """Return the MoE layer of the first DeepSeek models: softmax scores that are not renormalized."""
     fields.expect("scoring_func", "softmax")
     # Trap: if true, DeepSeek's own code renormalizes and omits the scale.
     fields.expect("norm_topk_prob", False, because="transformers ignores it and DeepSeek's own code does not")
