@@ -28,6 +28,17 @@ REASONS = {
     "classifies tokens, attends in both directions": modeling_auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES,
     "multimodal, and its text model has no class of its own": modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
 }
+NEEDS = {
+    "diffusion_gemma": "writes by diffusion: a canvas that attends in both directions has the only logits",
+    "glm5_next": "needs an indexer of pooled keys for latent attention, latent attention without rotated features, and "
+    "the mean of residual streams",
+    "mistral_large4": "needs latents that layers share, latent attention without rotated features, learned "
+    "frequencies, a learned temperature per head, and an indexer with both",
+    "muse_spark": "needs norms of experts' outputs, of the latent and of heads, norms of scaled inputs, and gated sums "
+    "of the residual stream",
+    "unlimited_ocr": "needs windows that begin behind the prompt",
+}
+"""What is missing here for a text model, by the type of its wrapper."""
 
 
 def main() -> int:
@@ -114,6 +125,8 @@ def outcome(model_type: str) -> str:
         return f"a wrapper; its text model, `{text}`, is open"
     if model_type in CAUSAL:
         return "refused"
+    if model_type.removesuffix("_text") in NEEDS:
+        return NEEDS[model_type.removesuffix("_text")]
     for reason, mapping in REASONS.items():
         if model_type in mapping:
             return reason
