@@ -17,7 +17,7 @@ from moezoo.core.spec import (
     SelectionBiasSpec,
 )
 from tests.support.tolerances import EXACT, FLOAT32, FLOAT64, assert_all_close, assert_close
-from tests.support.twins import D, E, F, H, K, M, N, Twin, V, normal
+from tests.support.twins import D, E, F, H, K, M, N, Twin, V, beside, normal
 
 ATTENTION = GroupedQueryAttentionSpec(num_heads=N, num_kv_heads=M, head_dim=H)
 BIASED = RouterSpec(top_k=K, score="sigmoid", selection_bias=SelectionBiasSpec(rate=0.25))
@@ -92,8 +92,8 @@ def test_a_step_moves_state_once_and_no_optimizer_keeps_moments_for_it(twin: Twi
     weights = initial_weights(spec, 0)
     windows = np.random.default_rng(0).integers(0, V, (4, 3, 6)).astype(np.int32)
     stepped = {}
-    for parts in (1, 4):
-        built = twin.backend().build(spec, weights)
+    for each, parts in ((beside(), 1), (twin, 4)):
+        built = each.backend().build(spec, weights)
         built.start_training(OPTIMIZER)
         batch = windows.reshape(parts, 12 // parts, 6)
         built.train_step(batch, 1e-3, micro_batch_keys(0, 0, parts)).fetch()

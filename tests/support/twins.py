@@ -11,6 +11,7 @@ import numpy as np
 
 from moezoo.backends import load_backend
 from moezoo.core.backend import Backend
+from tests.support.backends_available import require_backend
 from tests.support.tolerances import (
     FINITE_DIFFERENCE,
     FLOAT32,
@@ -151,6 +152,12 @@ class Twin:
         if layer is not None:
             layer.update(before)
         return out, dict(tree_flatten(of_layer)), of_arrays
+
+
+def beside() -> Twin:
+    """MLX, beside which JAX need not compile a second program."""
+    require_backend("mlx")
+    return Twin("mlx")
 
 
 @cache
