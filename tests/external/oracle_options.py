@@ -39,6 +39,7 @@ from oracle_families import (
     HUNYUAN,
     HY_V3,
     HYBRID,
+    INKLING2,
     KIMI_LINEAR,
     LAGUNA,
     LLAMA4,
@@ -643,6 +644,11 @@ add(
     "no identities, attention biases, GELU under another name",
     laws={"correction": {"mean": 0.0, "std": 0.02}},
     **LONGCAT_FLASH | dict(num_layers=1, zero_expert_num=0, attention_bias=True, hidden_act="gelu_fast"),
+)
+add(
+    "inkling2_text_sqrt",
+    "scores are the root of softplus; a layer of each kind",
+    **INKLING2 | dict(num_hidden_layers=2, layer_types=["hybrid_sliding", "hybrid"], scoring_func="sqrtsoftplus"),
 )
 add(
     "mistral4_plain",
