@@ -156,10 +156,13 @@ def test_the_page_of_a_design_says_what_it_can_be_exported_as():
 
 
 def test_the_page_of_a_design_says_what_stands_in_the_way_of_an_export():
-    known = config_description(load_config("configs/tiny/unnormalized.yaml"), exported=True)
+    known = config_description(load_config("configs/tiny/p_norm.yaml"), exported=True)
     page = " ".join(rendered(config_page(known, "x.yaml")).split())
     assert "the nearest is mixtral, which has model.layers[0].moe.router.renormalize" in page
     assert known.to_json()["exports"]["nearest"] == {
         "family": "mixtral",
-        "differences": [{"path": "model.layers[0].moe.router.renormalize", "here": "none", "there": "sum"}],
+        "differences": [
+            {"path": "model.layers[0].moe.router.renormalize", "here": "p_norm", "there": "sum"},
+            {"path": "model.layers[0].moe.router.renormalize_order", "here": 2.0, "there": 1.0},
+        ],
     }
