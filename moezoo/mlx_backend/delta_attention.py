@@ -10,6 +10,7 @@ from moezoo.core.spec import GatedDeltaAttentionSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.convolution import causal_convolution
 from moezoo.mlx_backend.kernels import projection
+from moezoo.mlx_backend.kernels.segments import in_segments
 from moezoo.mlx_backend.kv_cache import Attended, RecurrentCache, empty_recurrent_cache
 from moezoo.mlx_backend.linear_recurrence import decays, in_chunks
 from moezoo.mlx_backend.normalization import norm
@@ -113,6 +114,7 @@ class GatedDeltaAttention(nn.Module):
         return spec.log_decay_floor * mx.sigmoid(rate_N1 * step)
 
 
+@in_segments
 def gated_delta_rule(
     query_BTMH: mx.array,
     key_BTMH: mx.array,

@@ -2,10 +2,13 @@
 
 import mlx.core as mx
 
+from moezoo.mlx_backend.kernels.segments import in_segments
+
 CHUNK = 64
 """Chunk length in tokens."""
 
 
+@in_segments
 def linear_recurrence(
     query_BTMH: mx.array,
     key_BTMH: mx.array,

@@ -7,6 +7,7 @@ from moezoo.core.spec import MambaSpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.convolution import causal_convolution
 from moezoo.mlx_backend.kernels import projection
+from moezoo.mlx_backend.kernels.segments import by_segments, segments
 from moezoo.mlx_backend.kv_cache import Attended, ScanCache, empty_scan_cache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, positions
@@ -108,32 +109,27 @@ def selective_scan(
 
     Takes a state, and returns the last one. All float32. Tokens of `forgets_BT` begin with a state of zeros.
     """
-    batch, length = value_BTF.shape[:2]
-    chunk = min(chunk, length)
-    kept_BT1 = mx.ones((batch, length, 1)) if forgets_BT is None else 1.0 - forgets_BT[..., None].astype(mx.float32)
-
-    def in_chunks(x: mx.array) -> mx.array:
-        """[B, T, ...] -> [chunks, B, T of a chunk, ...], padded with zeros: steps that change no state."""
-        x = mx.pad(x, [(0, 0), (0, -length % chunk), (0, 0)])
-        return x.reshape(batch, -1, chunk, x.shape[-1]).swapaxes(0, 1)
+    kept_BT1 = mx.ones_like(value_BTF[..., :1])
+    if forgets_BT is not None:
+        kept_BT1 = 1.0 - forgets_BT[..., None].astype(mx.float32)
 
     def one_chunk(state_BFZ: mx.array, parts: tuple[mx.array, ...]) -> tuple[mx.array, mx.array]:
-        value_BTF, step_BTF, kept_BT1, key_BTZ, query_BTZ = parts
+        value_BTF, step_BTF, kept_BT1, key_BTZ, query_BTZ, rate_FZ = parts
         decay_BTFZ = kept_BT1[..., None] * mx.exp(-rate_FZ * step_BTF[..., None])
         added_BTFZ = (step_BTF * value_BTF)[..., None] * key_BTZ[:, :, None, :]
         decay_BTFZ, added_BTFZ = _combined(decay_BTFZ, added_BTFZ)
         state_BTFZ = added_BTFZ + decay_BTFZ * state_BFZ[:, None]
         return state_BTFZ[:, -1], mx.einsum("BTFZ,BTZ->BTF", state_BTFZ, query_BTZ)
 
-    # Padding keeps the state: a step of 0, and 1 for `kept`.
-    kept_BT1 = mx.pad(kept_BT1, [(0, 0), (0, -length % chunk), (0, 0)], constant_values=1.0)
-    parts = tuple(in_chunks(x) for x in (value_BTF, step_BTF))
-    parts += (kept_BT1.reshape(batch, -1, chunk, 1).swapaxes(0, 1), in_chunks(key_BTZ), in_chunks(query_BTZ))
-    reads = []
-    for index in range(len(parts[0])):
-        state_BFZ, read_BTF = one_chunk(state_BFZ, tuple(part[index] for part in parts))
-        reads.append(read_BTF)
-    return mx.concatenate(reads, axis=1)[:, :length], state_BFZ
+    def rule(state_BFZ: mx.array, *inputs: mx.array) -> tuple[mx.array, mx.array]:
+        reads = []
+        for own in segments(inputs[:-1], chunk):
+            state_BFZ, read_BTF = one_chunk(state_BFZ, (*own, inputs[-1]))
+            reads.append(read_BTF)
+        return mx.concatenate(reads, axis=1), state_BFZ
+
+    arrays = (value_BTF, step_BTF, kept_BT1, key_BTZ, query_BTZ)
+    return by_segments(rule, chunk, state_BFZ, arrays, (rate_FZ,))
 
 
 def _combined(decay_BTFZ: mx.array, added_BTFZ: mx.array) -> tuple[mx.array, mx.array]:

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
-import numpy as np
 from mlx import nn
 from mlx.utils import tree_map, tree_unflatten
 
@@ -15,6 +14,7 @@ from moezoo.core.config.training import Rematerialize
 from moezoo.core.spec import MoESpec
 from moezoo.mlx_backend.dispatch import Dispatch
 from moezoo.mlx_backend.experts import Experts
+from moezoo.mlx_backend.kernels.segments import copied
 from moezoo.mlx_backend.layer import WrapBlock
 from moezoo.mlx_backend.moe import Exchange, run_experts
 from moezoo.mlx_backend.routing import Routing
@@ -87,7 +87,7 @@ def _recomputed(module: nn.Module, function: Callable[[Any], Any], inputs: Any) 
     @custom_function
     def forward(*arrays: mx.array) -> list[mx.array]:
         results = function(inputs)
-        left.append(_filled(results, iter(_copied(_arrays(results))), _is_array))
+        left.append(_filled(results, iter(copied(_arrays(results))), _is_array))
         return [value for value in _arrays(left[0]) if _is_floating(value)]
 
     @forward.vjp
@@ -101,7 +101,7 @@ def _recomputed(module: nn.Module, function: Callable[[Any], Any], inputs: Any) 
             return [value * 1 for value in _arrays(results) if _is_floating(value)]
 
         arrays = [primals] if isinstance(primals, mx.array) else list(primals)
-        return _copied(mx.vjp(again, arrays, gradients)[1])
+        return copied(mx.vjp(again, arrays, gradients)[1])
 
     outputs = forward(*parameters, *(value for value in _arrays(inputs) if _is_floating(value)))
     return _filled(left.pop(), iter(outputs), _is_floating)
@@ -125,14 +125,3 @@ def _arrays(tree: Any) -> list[mx.array]:
 def _filled(tree: Any, values: Iterator[mx.array], replaces: Callable[[Any], bool]) -> Any:
     """Return the tree with other arrays in place of those that `replaces` is true of, in order."""
     return tree_map(lambda value: next(values) if replaces(value) else value, tree)
-
-
-def _copied(arrays: list[mx.array]) -> list[mx.array]:
-    """Evaluate arrays, and return copies that do not hold what they were computed from."""
-    mx.eval(arrays)
-    return [
-        mx.array(np.asarray(value.view(mx.uint16))).view(mx.bfloat16)
-        if value.dtype == mx.bfloat16
-        else mx.array(np.asarray(value))
-        for value in arrays
-    ]
