@@ -8,10 +8,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
 from moezoo.jax_backend.convolution import ResidualConvolution
 from moezoo.jax_backend.convolutional_attention import ConvolvedHeads
+from moezoo.jax_backend.dynamic_mask import DynamicMask, keep_greatest
 from moezoo.jax_backend.head_router import choose_heads, place_heads
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kernels.attention import Chunk, attend_in_chunks, chunk_length, uses_chunk_kernel
@@ -32,10 +33,12 @@ from moezoo.jax_backend.positions import (
     Relative,
     RelativePosition,
     positions,
+    positions_of,
     relative_bias,
     rotate,
     same_document,
     same_side,
+    temperature,
 )
 from moezoo.jax_backend.routing import Routing
 from moezoo.jax_backend.sparse_attention import BlockIndexer
@@ -51,6 +54,7 @@ def attend(
     softcap: float | None = None,
     sink_N: jax.Array | None = None,
     bias_BNTS: jax.Array | None = None,
+    bias_BMS: jax.Array | None = None,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend; the softmax denominator divides the output, not the weights."""
     score = jnp.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH, preferred_element_type=jnp.float32)
@@ -59,6 +63,8 @@ def attend(
         score = softcap * jnp.tanh(score / softcap)
     if bias_BNTS is not None:
         score = score + bias_BNTS.reshape(score.shape)
+    if bias_BMS is not None:
+        score = score + bias_BMS[:, :, None, None]
     score = jnp.where((mask_TS[:, None] if mask_TS.ndim == 3 else mask_TS)[..., None, :, :], score, -jnp.inf)
     # Subtracting the largest score only guards against overflow; it cancels, and so does its gradient.
     largest = lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
@@ -92,15 +98,6 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: 
     return mask_TS
 
 
-def temperature(spec: TemperatureTuningSpec, position_T: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.attention.temperature; float32."""
-    if spec.form == "log":
-        return 1 + spec.scale * jnp.log(jnp.maximum((position_T + spec.first) / spec.floor_length, 1.0))
-    if spec.form == "power":
-        return jnp.exp(spec.scale * jnp.log1p((position_T + spec.first) / spec.floor_length))
-    return 1 + spec.scale * jnp.log1p((position_T + spec.first) // spec.floor_length)
-
-
 def attend_causally(
     spec: GroupedQueryAttentionSpec,
     query_BTMGH: jax.Array,
@@ -109,6 +106,7 @@ def attend_causally(
     sink_N: jax.Array | None = None,
     documents: Documents | None = None,
     relative: Relative | None = None,
+    bias_BMS: jax.Array | None = None,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
@@ -137,18 +135,20 @@ def attend_causally(
     if uses_chunk_kernel(query_BTMGH.dtype) and spec.plain_scores:
         scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
         return attend_in_chunks(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, documents)
+    own = [None if bias_BMS is None else bias_BMS[..., chunk.first : chunk.end] for chunk in chunks]
     attended = [
         attend(
             query_BTMGH[:, chunk.start : chunk.end],
             key_BTMH[:, chunk.first : chunk.end],
             value_BTMH[:, chunk.first : chunk.end],
-            mask_of(chunk, documents),
+            keep_greatest(spec.dynamic_mask, bias, mask_of(chunk, documents)),
             scale=spec.scale,
             softcap=spec.softcap,
             sink_N=sink_N if sink_N is None or sink_N.ndim == 1 else sink_N[:, chunk.start : chunk.end],
             bias_BNTS=bias_of(chunk),
+            bias_BMS=bias,
         )
-        for chunk in chunks
+        for chunk, bias in zip(chunks, own, strict=True)
     ]
     return jnp.concatenate(attended, axis=1)
 
@@ -156,11 +156,6 @@ def attend_causally(
 def _mask(spec: GroupedQueryAttentionSpec, position_T: jax.Array, position_S: jax.Array) -> jax.Array:
     """Return the mask of tokens at these positions and those: [T, S], or [B, T, S] with padding."""
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
-
-
-def _positions_of(slot_S: jax.Array, first_B: jax.Array | None) -> jax.Array:
-    """Return the positions of cache slots: [S], or [B, S] with padding."""
-    return slot_S if first_B is None else slot_S - first_B[:, None]
 
 
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int, documents: Documents | None) -> int:
@@ -207,6 +202,8 @@ class GroupedQueryAttention(nnx.Module):
                 self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
         if spec.indexer is not None:
             self.indexer = BlockIndexer(spec.indexer, spec.position, spec.head_dim, weights.inside("indexer"))
+        if spec.dynamic_mask is not None:
+            self.dynamic_mask = DynamicMask(weights.inside("dynamic_mask"))
         if spec.value_residual and layer > 0:
             self.value_mix = weights.parameter("value_mix")
         if spec.qk_l2_clip is not None:
@@ -267,17 +264,18 @@ class GroupedQueryAttention(nnx.Module):
                 cache, source = cache.extend(key, mixed)
         assert source is not None
         sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
+        bias_BMS = None if spec.dynamic_mask is None else self.dynamic_mask(source[1])
         grouped = choose_heads(query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim), routing)
         if cache is None and index is None:
-            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents, relative)
+            attended = attend_causally(spec, grouped, *source[:2], sink_N, documents, relative, bias_BMS)
         else:
-            position_S = _positions_of(source.slot_S, first_B)
+            position_S = positions_of(source.slot_S, first_B)
             mask_TS, bias = _mask(spec, position_T, position_S), relative_bias(relative, position_T, position_S)
             if index is not None:
                 mask_TS = self.indexer.chosen(index, position_T, position_S, mask_TS, documents)
-            attended = attend(
-                grouped, *source[:2], mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N, bias_BNTS=bias
-            )
+            mask_TS = keep_greatest(spec.dynamic_mask, bias_BMS, mask_TS)
+            options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap, "sink_N": sink_N}
+            attended = attend(grouped, *source[:2], mask_TS, **options, bias_BNTS=bias, bias_BMS=bias_BMS)
         attended = self._gated(place_heads(attended, routing).reshape(*query.shape[:3], spec.value_dim), x_BTD)
         output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output[...].astype(dtype))
         if spec.output_bias:

@@ -9,11 +9,11 @@ from flax import nnx
 from moezoo.core.reference.latent_attention import expanded, score_scale
 from moezoo.core.spec import LatentAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.jax_backend.arrays import Weights
-from moezoo.jax_backend.attention import attend, attend_causally, temperature, visible
+from moezoo.jax_backend.attention import attend, attend_causally, visible
 from moezoo.jax_backend.kernels import projection
 from moezoo.jax_backend.kv_cache import Attended, LatentCache, RollingCache
 from moezoo.jax_backend.normalization import norm
-from moezoo.jax_backend.positions import Documents, positions, rotate, same_side, within_documents
+from moezoo.jax_backend.positions import Documents, positions, rotate, same_side, temperature, within_documents
 from moezoo.jax_backend.sparse_attention import Indexer, attend_where, choose_sources, index, index_loss
 
 

@@ -16,6 +16,7 @@ from moezoo.core.spec import (
     RelativePositionSpec,
     RoPESpec,
     SinusoidalPositionsSpec,
+    TemperatureTuningSpec,
 )
 from moezoo.core.tokens import PADDING
 from moezoo.jax_backend.arrays import Weights
@@ -180,6 +181,11 @@ def positions(
     return slot_T if first_B is None else slot_T - first_B[:, None]
 
 
+def positions_of(slot_S: jax.Array, first_B: jax.Array | None) -> jax.Array:
+    """Return the positions of cache slots: [S], or [B, S] with padding."""
+    return slot_S if first_B is None else slot_S - first_B[:, None]
+
+
 def same_side(position_T: jax.Array, position_S: jax.Array) -> jax.Array:
     """Return the mask of pairs that are both tokens, or both padding: bool [..., T, S].
 
@@ -212,3 +218,12 @@ class EmbeddingPosition(nnx.Module):
 def _angle(position_T: jax.Array, frequency: np.ndarray) -> jax.Array:
     """Return positions times frequencies, in float32."""
     return position_T[..., None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
+
+
+def temperature(spec: TemperatureTuningSpec, position_T: jax.Array) -> jax.Array:
+    """Spec: moezoo.core.reference.positions.temperature; float32."""
+    if spec.form == "log":
+        return 1 + spec.scale * jnp.log(jnp.maximum((position_T + spec.first) / spec.floor_length, 1.0))
+    if spec.form == "power":
+        return jnp.exp(spec.scale * jnp.log1p((position_T + spec.first) / spec.floor_length))
+    return 1 + spec.scale * jnp.log1p((position_T + spec.first) // spec.floor_length)

@@ -6,10 +6,11 @@ from typing import Any, assert_never
 import mlx.core as mx
 from mlx import nn
 
-from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.convolution import ResidualConvolution
 from moezoo.mlx_backend.convolutional_attention import ConvolvedHeads
+from moezoo.mlx_backend.dynamic_mask import DynamicMask, keep_greatest
 from moezoo.mlx_backend.head_router import choose_heads, place_heads
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kernels.attention import Chunk, attend_chunks, attend_fused, chunk_length
@@ -30,10 +31,12 @@ from moezoo.mlx_backend.positions import (
     Relative,
     RelativePosition,
     positions,
+    positions_of,
     relative_bias,
     rotate,
     same_document,
     same_side,
+    temperature,
 )
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.sparse_attention import BlockIndexer
@@ -49,6 +52,7 @@ def attend(
     softcap: float | None = None,
     sink_N: mx.array | None = None,
     bias_BNTS: mx.array | None = None,
+    bias_BMS: mx.array | None = None,
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend; with MLX's fused kernel, if that can.
 
@@ -56,13 +60,15 @@ def attend(
     """
     dtype, kv_heads = query_BTMGH.dtype, key_BSMH.shape[2]
     scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if scale is None else scale
-    if softcap is None and bias_BNTS is None and (sink_N is None or sink_N.ndim == 1):
+    if softcap is None and bias_BNTS is None and bias_BMS is None and (sink_N is None or sink_N.ndim == 1):
         return attend_fused(query_BTMGH, key_BSMH, value_BSMH, mask_TS, scale, sink_N)
     query_BTMGH, key_BSMH, value_BSMH = (x.astype(mx.float32) for x in (query_BTMGH, key_BSMH, value_BSMH))
     score = mx.einsum("BTMGH,BSMH->BMGTS", query_BTMGH, key_BSMH) * scale
     score = score if softcap is None else softcap * mx.tanh(score / softcap)
     if bias_BNTS is not None:
         score = score + bias_BNTS.reshape(score.shape)
+    if bias_BMS is not None:
+        score = score + bias_BMS[:, :, None, None]
     if mask_TS is not None:
         score = mx.where((mask_TS[:, None] if mask_TS.ndim == 3 else mask_TS)[..., None, :, :], score, -mx.inf)
     if sink_N is not None:
@@ -90,15 +96,6 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: m
     return mask_TS
 
 
-def temperature(spec: TemperatureTuningSpec, position_T: mx.array) -> mx.array:
-    """Spec: moezoo.core.reference.attention.temperature; float32."""
-    if spec.form == "log":
-        return 1 + spec.scale * mx.log(mx.maximum((position_T + spec.first) / spec.floor_length, 1.0))
-    if spec.form == "power":
-        return mx.exp(spec.scale * mx.log1p((position_T + spec.first) / spec.floor_length))
-    return 1 + spec.scale * mx.log1p((position_T + spec.first) // spec.floor_length)
-
-
 def attend_causally(
     spec: GroupedQueryAttentionSpec,
     query_BTMGH: mx.array,
@@ -107,6 +104,7 @@ def attend_causally(
     sink_N: mx.array | None = None,
     documents: Documents | None = None,
     relative: Relative | None = None,
+    bias_BMS: mx.array | None = None,
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
@@ -133,9 +131,10 @@ def attend_causally(
         query, key, value = query_BTMGH[:, rows], key_BTMH[:, sources], value_BTMH[:, sources]
         own_sink = sink_N if sink_N is None or sink_N.ndim == 1 else sink_N[:, rows]
         bias = relative_bias(relative, position[..., rows], position[..., sources], rows)
-        return attend(
-            query, key, value, chunk.mask_TS, scale=scale, softcap=spec.softcap, sink_N=own_sink, bias_BNTS=bias
-        )
+        of_key = None if bias_BMS is None else bias_BMS[..., sources]
+        mask_TS = keep_greatest(spec.dynamic_mask, of_key, chunk.mask_TS)
+        options: dict[str, Any] = {"scale": scale, "softcap": spec.softcap, "sink_N": own_sink}
+        return attend(query, key, value, mask_TS, **options, bias_BNTS=bias, bias_BMS=of_key)
 
     plain = spec.plain_scores
     return attend_chunks(attend_chunk, query_BTMGH, key_BTMH, value_BTMH, chunks, scale, sink_N, plain=plain)
@@ -146,15 +145,11 @@ def _mask(spec: GroupedQueryAttentionSpec, position_T: mx.array, position_S: mx.
 
     None means that every token attends to every slot.
     """
-    everything = spec.window is None and spec.chunk is None and spec.indexer is None
+    limits = (spec.window, spec.chunk, spec.indexer, spec.dynamic_mask)
+    everything = all(limit is None for limit in limits)
     if position_T.shape == (1,) and everything:
         return None  # one new token, which attends to all slots: without window and chunk the cache does not roll
     return visible(spec, position_T, position_S) & same_side(position_T, position_S)
-
-
-def _positions_of(slot_S: mx.array, first_B: mx.array | None) -> mx.array:
-    """Return the positions of cache slots: [S], or [B, S] with padding."""
-    return slot_S if first_B is None else slot_S - first_B[:, None]
 
 
 def _first_visible(spec: GroupedQueryAttentionSpec, position: int, documents: Documents | None) -> int:
@@ -202,6 +197,8 @@ class GroupedQueryAttention(nn.Module):
                 self.key_norm = norm(spec.qk_norm, weights.inside("key_norm"), axes)
         if spec.indexer is not None:
             self.indexer = BlockIndexer(spec.indexer, spec.position, spec.head_dim, weights.inside("indexer"))
+        if spec.dynamic_mask is not None:
+            self.dynamic_mask = DynamicMask(weights.inside("dynamic_mask"))
         if spec.value_residual and layer > 0:
             self.value_mix = weights.parameter("value_mix")
         if spec.qk_l2_clip is not None:
@@ -265,17 +262,18 @@ class GroupedQueryAttention(nn.Module):
                 cache, source = cache.extend(key, mixed)
         assert source is not None
         sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
+        bias_BMS = None if spec.dynamic_mask is None else self.dynamic_mask(source[1])
         grouped = choose_heads(query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim), routing)
         if cache is None and index is None:
-            attended = attend_causally(spec, grouped, source[0], source[1], sink_N, documents, relative)
+            attended = attend_causally(spec, grouped, *source[:2], sink_N, documents, relative, bias_BMS)
         else:
-            position_S = _positions_of(source.slot_S, first_B)
+            position_S = positions_of(source.slot_S, first_B)
             mask_TS, bias = _mask(spec, position_T, position_S), relative_bias(relative, position_T, position_S)
             if index is not None:
                 mask_TS = self.indexer.chosen(index, position_T, position_S, mask_TS, documents)
-            attended = attend(
-                grouped, *source[:2], mask_TS, scale=spec.scale, softcap=spec.softcap, sink_N=sink_N, bias_BNTS=bias
-            )
+            mask_TS = keep_greatest(spec.dynamic_mask, bias_BMS, mask_TS)
+            options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap, "sink_N": sink_N}
+            attended = attend(grouped, *source[:2], mask_TS, **options, bias_BNTS=bias, bias_BMS=bias_BMS)
         attended = self._gated(place_heads(attended, routing).reshape(*query.shape[:3], spec.value_dim), x_BTD)
         output = projection.einsum("BTNH,NHD->BTD", attended, self.w_output.astype(dtype))
         if spec.output_bias:

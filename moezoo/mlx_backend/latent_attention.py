@@ -8,11 +8,11 @@ from mlx import nn
 from moezoo.core.reference.latent_attention import expanded, score_scale
 from moezoo.core.spec import LatentAttentionSpec, NoPositionSpec, RoPESpec
 from moezoo.mlx_backend.arrays import Weights
-from moezoo.mlx_backend.attention import attend, attend_causally, temperature, visible
+from moezoo.mlx_backend.attention import attend, attend_causally, visible
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, LatentCache, RollingCache
 from moezoo.mlx_backend.normalization import norm
-from moezoo.mlx_backend.positions import Documents, positions, rotate, same_side, within_documents
+from moezoo.mlx_backend.positions import Documents, positions, rotate, same_side, temperature, within_documents
 from moezoo.mlx_backend.sparse_attention import Indexer, attend_where, choose_sources, index, index_loss
 
 

@@ -14,6 +14,7 @@ from moezoo.core.spec import (
     RelativePositionSpec,
     RoPESpec,
     SinusoidalPositionsSpec,
+    TemperatureTuningSpec,
 )
 from moezoo.core.tokens import PADDING
 from moezoo.mlx_backend.arrays import Weights
@@ -184,6 +185,11 @@ def positions(
     return slot_T if first_B is None else slot_T - first_B[:, None]
 
 
+def positions_of(slot_S: mx.array, first_B: mx.array | None) -> mx.array:
+    """Return the positions of cache slots: [S], or [B, S] with padding."""
+    return slot_S if first_B is None else slot_S - first_B[:, None]
+
+
 def same_side(position_T: mx.array, position_S: mx.array) -> mx.array:
     """Return the mask of pairs that are both tokens, or both padding: bool [..., T, S].
 
@@ -217,3 +223,12 @@ class EmbeddingPosition(nn.Module):
 def _angle(position_T: mx.array, frequency: np.ndarray) -> mx.array:
     """Return positions times frequencies, in float32."""
     return position_T[..., None].astype(mx.float32) * mx.array(frequency.astype(np.float32))
+
+
+def temperature(spec: TemperatureTuningSpec, position_T: mx.array) -> mx.array:
+    """Spec: moezoo.core.reference.positions.temperature; float32."""
+    if spec.form == "log":
+        return 1 + spec.scale * mx.log(mx.maximum((position_T + spec.first) / spec.floor_length, 1.0))
+    if spec.form == "power":
+        return mx.exp(spec.scale * mx.log1p((position_T + spec.first) / spec.floor_length))
+    return 1 + spec.scale * mx.log1p((position_T + spec.first) // spec.floor_length)

@@ -7,7 +7,8 @@ from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters.attention import attention_rows
 from moezoo.core.parameters.row import Rows
-from moezoo.core.reference.attention import attend, grouped_query_attention, temperature
+from moezoo.core.reference.attention import attend, grouped_query_attention
+from moezoo.core.reference.positions import temperature
 from moezoo.core.spec import (
     GatedFeedForwardSpec,
     GroupedQueryAttentionSpec,

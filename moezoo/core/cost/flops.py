@@ -65,7 +65,8 @@ def flops_per_token(spec: ModelSpec, sequence_length: int, training: bool) -> Fl
       times key and probability times value; `(T + 1) / 2` positions on average, fewer with a window or a chunk, and at
       most `top_k` of them with an indexer, whose own scores cost `2 width * visible` for each of its heads; compressed
       entries count as positions, one for each complete group; of blocks, at most `(top_k + 1) block_size - 1`, and a
-      score for each block; relative position logits add `2 dim` for each head and visible position in their extent;
+      score for each block; of a dynamic mask at most `keep`, of whose choice only the projection counts; relative
+      position logits add `2 dim` for each head and visible position in their extent;
     - the recurrence of linear attention: three products of a vector with the state, `6 H F` for each value head; of
       Mamba-2 two, `4 H F`; and of Mamba-1 two, `4 Z` for each channel.
 
@@ -148,7 +149,10 @@ def most_visible(attention: GroupedQueryAttentionSpec) -> int | None:
     if (indexer := attention.indexer) is not None:
         behind = indexer.block_size - 1 if indexer.pooled == "keys" else 0  # the tokens after the last complete block
         return indexer.top_k * indexer.block_size + behind
-    return attention.window if attention.chunk is None else attention.chunk
+    if attention.chunk is not None:
+        return attention.chunk
+    limits = (attention.window, None if attention.dynamic_mask is None else attention.dynamic_mask.keep)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _chosen(attention: LatentAttentionSpec, layers: Sequence[LayerSpec]) -> int | None:

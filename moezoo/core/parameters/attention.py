@@ -8,6 +8,7 @@ from moezoo.core.parameters.row import ONES, Initializer, Parameter, Rows
 from moezoo.core.parameters.state_space import filters, lightning_rows, mamba2_rows, mamba_rows
 from moezoo.core.spec import (
     AttentionSpec,
+    BlockIndexerSpec,
     CompressedAttentionSpec,
     CompressionSpec,
     GatedDeltaAttentionSpec,
@@ -64,11 +65,9 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
     if spec.convolution is not None:
         yield from _head_convolution(rows, f"{name}.convolution", spec, spec.convolution)
     if spec.indexer is not None:
-        i, k = spec.indexer.num_heads, spec.indexer.head_dim
-        yield rows.matrix(f"{name}.indexer.w_query", (d, i, k), ("embed", "head", "head_dim"), "attention")
-        yield rows.matrix(f"{name}.indexer.w_key", (d, k), ("embed", "head_dim"), "attention")
-        for which in ("query_norm", "key_norm"):
-            yield from rows.norm(f"{name}.indexer.{which}", spec.indexer.norm, (k,), ("head_dim",))
+        yield from _block_indexer(rows, f"{name}.indexer", spec.indexer)
+    if spec.dynamic_mask is not None:
+        yield from _dynamic_mask(rows, f"{name}.dynamic_mask", spec)
     if spec.qk_norm is not None:
         for which, heads, axis in (("query", n, "head"), ("key", m, "kv_head"))[: 2 if own_keys else 1]:
             if spec.qk_norm_over == "head":
@@ -108,6 +107,23 @@ def _grouped_query(rows: Rows, name: str, spec: GroupedQueryAttentionSpec, layer
     yield rows.output(f"{name}.w_output", (n, z, d), ("head", "head_dim", "embed"), "attention", fan_in=2)
     if spec.output_bias:
         yield rows.vector(f"{name}.b_output", (d,), ("embed",), "attention")
+
+
+def _block_indexer(rows: Rows, name: str, spec: BlockIndexerSpec) -> Iterator[Parameter]:
+    d, i, k = rows.embed_dim, spec.num_heads, spec.head_dim
+    yield rows.matrix(f"{name}.w_query", (d, i, k), ("embed", "head", "head_dim"), "attention")
+    yield rows.matrix(f"{name}.w_key", (d, k), ("embed", "head_dim"), "attention")
+    for which in ("query_norm", "key_norm"):
+        yield from rows.norm(f"{name}.{which}", spec.norm, (k,), ("head_dim",))
+
+
+def _dynamic_mask(rows: Rows, name: str, spec: GroupedQueryAttentionSpec) -> Iterator[Parameter]:
+    m, z = spec.num_kv_heads, spec.value_dim
+    axes = ("kv_head", "head_dim", "group")  # `group`: the mesh could shard kv_head twice
+    yield rows.matrix(f"{name}.w_step", (m, z, m), axes, "attention", fan_in=2)
+    if spec.qkv_bias:
+        yield rows.vector(f"{name}.b_step", (m,), ("group",), "attention")
+    yield rows.vector(f"{name}.rate", (m,), ("group",), "attention")
 
 
 def _head_convolution(

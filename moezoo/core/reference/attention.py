@@ -7,12 +7,20 @@ import autograd.numpy as np
 from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.convolution import residual_convolution
 from moezoo.core.reference.convolutional_attention import convolved, half_delayed_values
+from moezoo.core.reference.dynamic_mask import keep_greatest, key_bias
 from moezoo.core.reference.head_router import choose_heads, place_heads
 from moezoo.core.reference.normalization import l2_clipped, normalize
-from moezoo.core.reference.positions import Documents, relative_bias, relative_features, rotate, within_documents
+from moezoo.core.reference.positions import (
+    Documents,
+    relative_bias,
+    relative_features,
+    rotate,
+    temperature,
+    within_documents,
+)
 from moezoo.core.reference.routing import Routing
 from moezoo.core.reference.sparse_attention import block_indexer, choose_blocks
-from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec, TemperatureTuningSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, NoPositionSpec, RoPESpec
 
 Source = tuple[Array, Array] | Array
 """What an attention layer has that later ones may share: keys and values, or the positions that its indexer chose."""
@@ -42,6 +50,7 @@ def attend(
     softcap: float | None = None,
     sink_N: Array | None = None,
     bias_BNTS: Array | None = None,
+    bias_BMS: Array | None = None,
 ) -> Array:
     """Scaled dot-product attention over the unmasked source positions, `softmax(scale q k) v`, in float32.
 
@@ -55,6 +64,7 @@ def attend(
         sink_N: attention sinks: one logit per head that joins the softmax denominator and carries no value: a weight is
             `exp(score) / (exp(sink) + sum over s of exp(score))`. Neither scaled nor capped. [B, T, N]: one per query.
         bias_BNTS: added to the scores, after the scale and the softcap.
+        bias_BMS: the same, for each key, whatever the query.
 
     Returns:
         [B, T, M, G, H].
@@ -68,6 +78,8 @@ def attend(
         score = softcap * np.tanh(score / softcap)
     if bias_BNTS is not None:
         score = score + bias_BNTS.reshape(score.shape)
+    if bias_BMS is not None:
+        score = score + bias_BMS[:, :, None, None]
     mask_TS = mask_TS[:, None] if mask_TS.ndim == 3 else mask_TS
     score = np.where(mask_TS[..., None, :, :], score, -np.inf)
     largest = np.max(score, axis=-1, keepdims=True)
@@ -99,23 +111,6 @@ def visible(spec: GroupedQueryAttentionSpec, position_T: Array, position_S: Arra
     if spec.chunk is not None:
         mask_TS = mask_TS & (position_T1 // spec.chunk == position_1S // spec.chunk)
     return mask_TS
-
-
-def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
-    """Return the temperature by which queries are multiplied: `1 + scale * ln(1 + floor((t + first) / floor_length))`.
-
-    Or, with `form: power`, `(1 + (t + first) / floor_length) ** scale`; with `form: log`,
-    `1 + scale * ln(max(1, (t + first) / floor_length))`. [T], one factor per position t.
-
-    Source: Nakanishi 2025, arXiv 2501.19399 (`s ln n` for n tokens).
-    Differs: Llama-4's form, which changes in steps and is 1 for the first `floor_length - first` tokens; Beam's form;
-    Inkling's, which is 1 as long, and has no steps.
-    """
-    if spec.form == "log":
-        return 1 + spec.scale * np.log(np.maximum((position_T + spec.first) / spec.floor_length, 1.0))
-    if spec.form == "power":
-        return np.exp(spec.scale * np.log1p((position_T + spec.first) / spec.floor_length))
-    return 1 + spec.scale * np.log1p((position_T + spec.first) // spec.floor_length)
 
 
 def grouped_query_attention(
@@ -161,15 +156,17 @@ def grouped_query_attention(
             mixed = (1 - mix) * value + mix * first_value_BTMH
         source = key, mixed
     key, mixed = source
+    bias_BMS = None if spec.dynamic_mask is None else key_bias(inside(parameters, "dynamic_mask"), mixed)
     attended = attend(
         choose_heads(query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim), routing),
         key,
         mixed,
-        _mask(spec, parameters, x_BTD, position_T, documents),
+        keep_greatest(spec.dynamic_mask, bias_BMS, _mask(spec, parameters, x_BTD, position_T, documents)),
         scale=spec.scale,
         softcap=spec.softcap,
         sink_N=_sinks(spec, parameters, x_BTD),
         bias_BNTS=_relative_bias(spec, parameters, x_BTD, position_T),
+        bias_BMS=bias_BMS,
     )
     attended = place_heads(attended, routing).reshape(batch, length, spec.num_heads, spec.value_dim)
     attended = _gated(spec, parameters, attended, x_BTD)

@@ -5,9 +5,9 @@ import math
 import autograd.numpy as np
 
 from moezoo.core.reference import Array, Parameters, adapter, inside
-from moezoo.core.reference.attention import Attended, temperature, visible
+from moezoo.core.reference.attention import Attended, visible
 from moezoo.core.reference.normalization import normalize
-from moezoo.core.reference.positions import Documents, rotate, score_multiplier, within_documents
+from moezoo.core.reference.positions import Documents, rotate, score_multiplier, temperature, within_documents
 from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
 from moezoo.core.spec import GroupedQueryAttentionSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
 

@@ -20,6 +20,7 @@ from moezoo.core.spec import (
     RoPEScalingSpec,
     RoPESpec,
     SinusoidalPositionsSpec,
+    TemperatureTuningSpec,
     YaRNScalingSpec,
 )
 from moezoo.core.tokens import PADDING
@@ -334,3 +335,20 @@ def sinusoidal_frequencies(spec: SinusoidalPositionsSpec, embed_dim: int) -> Arr
     frequency = spec.base ** (-np.arange((embed_dim + 1) // 2) * 2 / embed_dim)
     frequency.setflags(write=False)
     return frequency
+
+
+def temperature(spec: TemperatureTuningSpec, position_T: Array) -> Array:
+    """Return the temperature by which queries are multiplied: `1 + scale * ln(1 + floor((t + first) / floor_length))`.
+
+    Or, with `form: power`, `(1 + (t + first) / floor_length) ** scale`; with `form: log`,
+    `1 + scale * ln(max(1, (t + first) / floor_length))`. [T], one factor per position t.
+
+    Source: Nakanishi 2025, arXiv 2501.19399 (`s ln n` for n tokens).
+    Differs: Llama-4's form, which changes in steps and is 1 for the first `floor_length - first` tokens; Beam's form;
+    Inkling's, which is 1 as long, and has no steps.
+    """
+    if spec.form == "log":
+        return 1 + spec.scale * np.log(np.maximum((position_T + spec.first) / spec.floor_length, 1.0))
+    if spec.form == "power":
+        return np.exp(spec.scale * np.log1p((position_T + spec.first) / spec.floor_length))
+    return 1 + spec.scale * np.log1p((position_T + spec.first) // spec.floor_length)

@@ -280,6 +280,10 @@ def _grouped_query(spec: GroupedQueryAttentionSpec) -> list[str]:
         (f"{spec.gate} {'' if spec.gate_function == 'sigmoid' else 'softplus '}gate", spec.gate is not None),
         (f"{spec.gate_bias} gate bias", spec.gate_bias is not None),
         ("" if spec.indexer is None else _indexer(spec.indexer), spec.indexer is not None),
+        (
+            "" if spec.dynamic_mask is None else f"dynamic mask of {spec.dynamic_mask.keep}",
+            spec.dynamic_mask is not None,
+        ),
         (f"softcap {spec.softcap}", spec.softcap is not None),
         (f"scale {spec.scale}", spec.scale is not None),
         ("" if spec.relative is None else _relative(spec.relative), spec.relative is not None),

@@ -30,7 +30,7 @@ from moezoo.core.spec.feed_forward import (
     SoftcappedSwiGLUSpec,
 )
 from moezoo.core.spec.head import HeadSpec, TiedHeadSpec, UntiedHeadSpec
-from moezoo.core.spec.indexer import BlockIndexerSpec, IndexerSpec
+from moezoo.core.spec.indexer import BlockIndexerSpec, DynamicMaskSpec, IndexerSpec
 from moezoo.core.spec.layer import BlockFactorsSpec, HeadRouterSpec, LayerSpec, with_repeats
 from moezoo.core.spec.losses import (
     AuxiliaryLossSpec,
@@ -125,6 +125,7 @@ __all__ = [
     "DeviceBalanceLossSpec",
     "DispatchSpec",
     "DroplessSpec",
+    "DynamicMaskSpec",
     "DynamicScalingSpec",
     "EmbeddingPositionSpec",
     "ExpertBalanceLossSpec",

@@ -7,7 +7,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from moezoo.core.spec.base import Part, default_kind, impossible
 from moezoo.core.spec.compressed_attention import CompressedAttentionSpec
 from moezoo.core.spec.convolution import ResidualConvolutionSpec
-from moezoo.core.spec.indexer import BlockIndexerSpec, IndexerSpec
+from moezoo.core.spec.indexer import BlockIndexerSpec, DynamicMaskSpec, IndexerSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
 from moezoo.core.spec.positions import PositionSpec, RelativePositionSpec, RoPESpec
 from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
@@ -67,7 +67,8 @@ class GroupedQueryAttentionSpec(Part):
     projections and no cache (Gemma 3n, 4; Brandon et al. 2024, arXiv 2405.12981). `convolution`: queries, keys and
     values mix those of the last tokens, before any norm. `key_temperature`: keys, after norm and rotation, are
     multiplied by a learned number per head (both: ZAYA1). `indexer`: a query attends to the blocks of tokens that it
-    chooses (Qwen4, MiniMax-M3).
+    chooses (Qwen4, MiniMax-M3). `dynamic_mask`: keys have a bias by their values, and those with the greatest are
+    attended to (Doge); its projection has a bias with `qkv_bias`.
     """
 
     kind: Literal["grouped_query"] = "grouped_query"
@@ -103,6 +104,7 @@ class GroupedQueryAttentionSpec(Part):
     convolution: HeadConvolutionSpec | None = None
     key_temperature: bool = False
     indexer: BlockIndexerSpec | None = None
+    dynamic_mask: DynamicMaskSpec | None = None
 
     @property
     def value_dim(self) -> int:
@@ -117,7 +119,8 @@ class GroupedQueryAttentionSpec(Part):
     @property
     def plain_scores(self) -> bool:
         """True if scores are scaled products of queries and keys, and sinks constants: what kernels compute."""
-        return self.softcap is None and self.relative is None and not self.projected_sinks
+        biased = self.relative is not None or self.dynamic_mask is not None
+        return self.softcap is None and not biased and not self.projected_sinks
 
     @model_validator(mode="after")
     def _sizes(self) -> "GroupedQueryAttentionSpec":
@@ -200,8 +203,9 @@ class GroupedQueryAttentionSpec(Part):
         """Raise if an indexer chooses among tokens of which another option leaves some out, or rotates too few."""
         if self.indexer is None:
             return
-        others = {"window": self.window, "chunk": self.chunk, "keys_of_layer": self.keys_of_layer}
-        for name, value in {**others, "convolution": self.convolution}.items():
+        others: dict[str, object] = {"window": self.window, "chunk": self.chunk, "keys_of_layer": self.keys_of_layer}
+        others |= {"convolution": self.convolution, "dynamic_mask": self.dynamic_mask}
+        for name, value in others.items():
             if value is not None:
                 raise impossible(name, "is set, but an indexer selects the positions", "Set only one of them")
         if isinstance(self.position, RoPESpec) and self.position.rotated_dim(self.head_dim) > self.indexer.head_dim:

@@ -29,6 +29,17 @@ class IndexerSpec(Part):
     loss_coefficient: Annotated[float, Field(ge=0)] = 1.0
 
 
+class DynamicMaskSpec(Part):
+    """Dynamic mask: a bias for each key, by key/value head, and only the `keep` unmasked keys with the greatest one.
+
+    The bias is computed from the values of the key's token and is added to its scores; it depends on no query. Ties go
+    to the later token. Source: Shi et al. 2025, arXiv 2508.02124; in the form of Doge (transformers 5.23,
+    `DogeAttention`).
+    """
+
+    keep: PositiveInt = 2048
+
+
 class BlockIndexerSpec(Part):
     """Indexer of blocks: selects the `top_k` complete blocks of `block_size` earlier tokens that a query attends to.
 

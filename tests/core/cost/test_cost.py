@@ -452,6 +452,14 @@ def test_window_or_chunk_limits_attention_scores_only(what, seen):
     assert kv_cache_bytes_per_token(limited) == kv_cache_bytes_per_token(full)
 
 
+def test_a_dynamic_mask_limits_attention_scores_and_projects_values():
+    masked, full = one_layer(GROUPED.replace("}", ", dynamic_mask: {keep: 3}}")).model, one_layer().model
+    flops, all_flops = (flops_per_token(spec, 5, False) for spec in (masked, full))
+    assert flops.attention_scores == round(Fraction(4 * 8 * 6 * (1 + 2 + 3 + 3 + 3), 5))
+    assert flops.attention_projections == all_flops.attention_projections + 2 * 2 * 6 * 2
+    assert kv_cache_bytes_per_token(masked) == kv_cache_bytes_per_token(full)
+
+
 def test_zero_computation_experts_reduce_active_experts():
     config = one_layer(rest=f"moe: {MOE}")
     counts, flops = parameter_counts(config.model), flops_per_token(config.model, 5, False)

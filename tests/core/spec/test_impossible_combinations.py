@@ -506,6 +506,10 @@ CASES = {
         router(top_k=9),
         f"{ROUTER}.top_k is 9, but num_experts is 6 (x.yaml). Use top_k <= 6.",
     ),
+    "a dynamic mask beside an indexer": (
+        model(layer(HEADS | {"indexer": BLOCKS, "dynamic_mask": {}})),
+        f"{ATTENTION}.dynamic_mask is set, but an indexer selects the positions (x.yaml). Set only one of them.",
+    ),
     "product keys of no square": (
         router(product_keys=True),
         f"{ROUTER}.product_keys is true, but 6 experts are not all pairs of two equally large sets of keys (x.yaml). "
