@@ -26,6 +26,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "support")]
+import doge_by_token  # noqa: E402
 import fixtures  # noqa: E402
 import oracle_families  # noqa: E402, F401
 import oracle_options  # noqa: E402, F401
@@ -200,7 +201,12 @@ def computed(
             model = loaded(
                 description, case, Path(folder, "saved"), "saved"
             )  # its RoPE frequencies keep those of the longest sequence
-        answers = answered(model, prompt, keep_hidden=case.keep_hidden)
+        answers = answered(model, prompt, keep_hidden=case.keep_hidden, loss_times=case.loss_times)
+        if description["config"]["model_type"] == "doge":
+            right, own = doge_by_token.differences(doge_by_token.opened(Path(folder, "saved")), prompt)
+            print(f"token by token: corrected class {right:.1e}, transformers' own forward {own:.1e}", flush=True)
+            if right > SMALLEST_GAP / 2:
+                raise SystemExit("the corrected class of Doge does not give what decoding token by token gives")
         if case.cache_agrees:
             answers |= {"greedy": greedy.numpy().astype(np.int32), "greedy_margin": margin.numpy()}
         with torch.no_grad():
@@ -243,10 +249,12 @@ def loaded(description: dict[str, Any], case: Case, folder: Path, spelling: str)
     for name, buffer in model.named_buffers():  # transformers 5.23 sets one number of zaya's to -1 when it loads a file
         if name in stored:
             buffer.copy_(torch.from_numpy(stored[name][1]))
-    return getattr(model, "thinker", model).eval()
+    return doge_by_token.corrected(getattr(model, "thinker", model).eval())
 
 
-def answered(model: torch.nn.Module, prompt: torch.Tensor, *, keep_hidden: bool) -> dict[str, np.ndarray]:
+def answered(
+    model: torch.nn.Module, prompt: torch.Tensor, *, keep_hidden: bool, loss_times: int
+) -> dict[str, np.ndarray]:
     """Return all arrays of a fixture that are computed from the prompt."""
     with Routings(model) as routings:
         output = model(prompt, labels=prompt, use_cache=False, output_hidden_states=True)
@@ -267,7 +275,7 @@ def answered(model: torch.nn.Module, prompt: torch.Tensor, *, keep_hidden: bool)
     with torch.no_grad():
         pooled = model(prompt, labels=prompt, use_cache=False, output_router_logits=True)
     if pooled.get("aux_loss") is not None:
-        answers["aux_loss"] = np.float32(pooled.aux_loss)
+        answers["aux_loss"] = np.float32(loss_times * pooled.aux_loss)
     return {key: np.asarray(value) for key, value in answers.items()}
 
 
@@ -348,6 +356,7 @@ class Routings:
                     "llama4router",
                     "dbrxrouter",
                     "zayarouter",
+                    "dogecdmoe",
                 )
             ):
                 self.hooks.append(module.register_forward_hook(self._router(name.replace("router", ""), kind)))
@@ -397,6 +406,10 @@ class Routings:
                     score = output[0].softmax(-1)
                     index = (score + module.balancing_biases).argmax(-1, keepdim=True)
                     entry.update(logits=output[0], weight=score.gather(1, index), index=index)
+                case "DogeCDMoE":
+                    logits = (output[1][0, :, :, None] + output[1][1, :, None]).flatten(1)
+                    chosen, index = logits.topk(module.top_k, dim=-1)
+                    entry.update(logits=logits, weight=chosen.softmax(-1), index=index)
                 case "Gemma4TextRouter":
                     entry.update(weight=output[1], index=output[2])
                 case _:

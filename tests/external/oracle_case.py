@@ -36,7 +36,7 @@ LAWS = {
 # the first matching pattern decides
 LAW_OF_NAME = (
     (r"e_score_correction_bias$|expert_bias$|balancing_biases$", "correction"),
-    (r"sinks$|attn_sink$|attention_sink_bias$|softmax_offset$|sink_param$", "sink"),
+    (r"sinks$|attn_sink$|attention_sink_bias$|softmax_offset$|sink_param$|self_attn\.A$", "sink"),
     (r"tid2eid$", "table"),
     (r"^(layers\.\d+\.)?hc_(attn|ffn|head)_scale$", "scale"),
     (r"^(layers\.\d+\.)?hc_(attn|ffn|head)_base$|\.ape$", "bias"),
@@ -47,13 +47,16 @@ LAW_OF_NAME = (
         r"layer_scalar$|per_expert_scale$|router\.scale$|hc(_head)?_scale$|hc\.scale$|global_scale$|l2_clip\.scale$",
         "scale",
     ),
-    (r"(residual|states)_scale$|qk_norm\.temp$", "scale"),
+    (r"(residual|states)_scale$|qk_norm\.temp$|(input|post_attention)_residual$", "scale"),
     (r"embed_tokens\.weight$|wte\.weight$", "embedding"),
     (r"mlp\.gate\.(down_proj|router_mlp\.(fc\d|out_proj))\.weight$", "router_mlp"),
     (r"router_mlp\.fc1\.bias$", "router_threshold"),
     (r"bias$|hc(_head)?_base$|hc\.base$", "bias"),
     (r"norm(_1|_2|_f)?(\.\d)?\.weight$", "norm"),
-    (r"\.(gate|router|router\.layer|router\.gate|router\.classifier|gate\.wg|router\.proj)\.weight$", "router"),
+    (
+        r"\.(gate|router|router\.layer|router\.gate|router\.classifier|gate\.wg|router\.proj|router_gate)\.weight$",
+        "router",
+    ),
 )
 
 
@@ -72,6 +75,7 @@ class Case:
     keep_hidden: bool = False
     cache_agrees: bool = True  # False: RoPE frequencies change with the length, so cached keys differ
     idle_experts: int = 0  # so many of all layers' experts need no token: a random MLP hardly tells tokens apart
+    loss_times: int = 1  # doge: its loss is of shares of all choices, a K-th of that of all others
     refused: str = ""  # moezoo's error message, if it does not support the case
     wrapper: dict[str, Any] = field(
         default_factory=dict

@@ -1563,6 +1563,25 @@ add(
     ),
     **BAILING_HYBRID,
 )
+DOGE = dict(
+    model_type="doge",
+    is_moe=True,
+    intermediate_size=24,
+    head_dim=12,
+    rope_theta=1e4,
+    vocab_size=250,  # a token that occurs twice has one bias in the first layer, and a top-k of ties has any order
+    keep_window_size=12,
+    num_experts=16,
+    num_experts_per_tok=6,
+    router_aux_loss_coef=0.02,
+)
+add(
+    "doge",
+    "experts of one feature by product keys beside a shared one; only the 12 keys of the greatest bias are attended to",
+    keep_hidden=True,
+    loss_times=6,
+    **DOGE,
+)
 MINIMAX_M3 = dict(
     model_type="minimax_m3_vl_text",
     hidden_act="swigluoai",

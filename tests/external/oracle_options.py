@@ -28,6 +28,7 @@ from oracle_families import (
     DEEPSEEK_V2_LITE,
     DEEPSEEK_V3,
     DELTA,
+    DOGE,
     DOTS3_NOTE,
     ERNIE,
     GEMMA4,
@@ -872,4 +873,21 @@ add(
     },
     projector_hidden_size=24,
     tie_word_embeddings=False,
+)
+add(
+    "doge_window",
+    "a window beside the dynamic mask, biases, one key/value head, tied",
+    loss_times=5,
+    **DOGE
+    | dict(
+        sliding_window=11,
+        keep_window_size=8,
+        attention_bias=True,
+        mlp_bias=True,
+        num_key_value_heads=1,
+        num_experts=9,
+        num_experts_per_tok=5,
+        tie_word_embeddings=True,
+        rope_scaling=dict(rope_type="linear", factor=2.0),
+    ),
 )

@@ -214,6 +214,23 @@ def test_a_layer_of_jetmoe_is_two_of_one_router_each() -> None:
         spec_of("jetmoe", num_attention_heads=3)
 
 
+def test_doge_has_experts_of_one_feature_or_none() -> None:
+    moe, dense = spec_of("doge").moes[0][1], spec_of("doge", is_moe=False)
+    assert (moe.router.product_keys, moe.experts.kind, moe.experts.hidden_dim) == (True, "silu", 1)
+    assert (moe.shared.activation, moe.losses[0].coefficient) == ("swiglu", pytest.approx(0.02 / 6))
+    assert not dense.moes
+    assert not spec_of("doge", is_moe=...).moes
+    assert dense.all_layers[0].feed_forward == moe.shared_feed_forward
+    assert dense.all_layers[0].attention == spec_of("doge").all_layers[0].attention
+    relu = spec_of("doge", hidden_act="relu2", hidden_dropout=0.1)
+    assert (relu.moes[0][1].experts.kind, relu.moes[0][1].shared.activation) == ("relu_squared", "relu_squared_glu")
+    assert relu.dropout == 0.1
+    with pytest.raises(SpecError, match='hidden_act is "gelu"; expected silu, relu, relu2, or GELU by tanh'):
+        spec_of("doge", hidden_act="gelu")
+    with pytest.raises(SpecError, match=r"impossible model: .*product_keys is true, but 17 experts are not all pairs"):
+        spec_of("doge", num_experts=17)
+
+
 def test_jamba_for_mlx_lm_says_where_its_experts_are() -> None:
     raw = read_fixture("jamba").description["hub_config"]
     names = ("expert_layer_offset", "expert_layer_period", "mamba_expand")

@@ -23,6 +23,7 @@ NOT_THERE = {
     "beam",
     "cohere2_moe",
     "deepseek_v4",
+    "doge",
     "dots3_note_text",
     "ernie4_5_vl_moe_text",
     "flex_olmo",
