@@ -16,6 +16,7 @@ from moezoo.jax_backend.kv_cache import NGramState, empty_ngram_state
 from moezoo.jax_backend.normalization import norm
 from moezoo.jax_backend.positions import Documents, positions
 from moezoo.jax_backend.quantization import as_array
+from moezoo.jax_backend.runtime.placement import look_up
 
 
 class NGramEmbeddings(nnx.Module):
@@ -48,8 +49,8 @@ class NGramEmbeddings(nnx.Module):
             tokens_BT = jnp.where(position_BT >= 0, tokens_BT, self.spec.reset_token)
         past = empty_ngram_state(self.spec, batch, num_streams, embed_dim, dtype) if state is None else state
         row_BTN = ngram_rows(self.spec, self.vocab, tokens_BT, past.token_BS, documents)
-        part_BTN, row_BTN = jnp.divmod(row_BTN, self.spec.rows // self.spec.parts)
-        embedding_BTZ = as_array(self.weight[...])[part_BTN, row_BTN].reshape(batch, length, -1).astype(dtype)
+        rows = self.spec.rows // self.spec.parts
+        embedding_BTZ = look_up(as_array(self.weight[...]), row_BTN, rows, dtype).reshape(batch, length, -1)
         key_BTJD = projection.einsum("BTZ,ZJD->BTJD", embedding_BTZ, self.w_key[...].astype(dtype))
         value_BTD = projection.einsum("BTZ,ZD->BTD", embedding_BTZ, self.w_value[...].astype(dtype))
         key_BTJD, query_BTJD = (x.astype(jnp.float32) for x in (self.key_norm(key_BTJD), self.query_norm(x_BTJD)))

@@ -11,7 +11,7 @@ from tests.support.source_tree import BACKENDS, PACKAGE, Function, backend_file,
 FOLDERS = {"kernels", "distributed", "transforms", "runtime", "planning"}
 PROTOCOL = {"backend", "inference", "training", "model"}  # files that hand mesh and processes to the others
 SEAMS = {
-    "runtime.placement": {"row_by_row"},
+    "runtime.placement": {"row_by_row", "look_up"},
     "runtime.processes": {"on_host"},
     "runtime.typed": {"GraphDef", "State", "custom_function", "flatten", "to_float", "to_int", "to_ints"},
     "distributed.data_parallel": {"average", "first_draw", "total"},

@@ -47,6 +47,7 @@ RELEASE = {
     4: [
         ("top_k", {"expert": 4, "exchange": "allgather"}, EIGHT),
         ("tied", {"fsdp": 2, "tensor": 2}, SMALL),
+        ("ngram_embeddings", {"expert": 2, "tensor": 2}, SMALL),  # devices along tensor sum no gradient of a table
     ],
     8: [
         ("top_k", {"fsdp": 4, "expert": 2, "exchange": "allgather"}, (*EIGHT, *AGAIN, EXPERTS)),
@@ -63,6 +64,11 @@ RELEASE = {
         ("latent_attention_query", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
         ("layer_inputs", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
         ("dense", {"data": 2, "fsdp": 2, "tensor": 2}, SMALL),
+        ("ngram_embeddings", {"data": 2, "fsdp": 2, "expert": 2}, (*SMALL, "training.rematerialize=block")),
+        ("hyper_connections", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
+        ("depth_scaled", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
+        ("scaled_residual", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
+        ("router_mlp", {"fsdp": 2, "expert": 2, "tensor": 2}, EIGHT),
     ],
 }
 

@@ -79,6 +79,7 @@ def step_collectives(step: ShardedStep) -> tuple[Collective, ...]:
     """Return the collectives of one step in the order in which they first run, one per kind, purpose and axes."""
     found = [
         *_parameter_gathers(step),
+        *_ngram_lookups(step),
         *_expert_exchanges(step),
         *_tensor_reductions(step),
         *_gradient_reductions(step),
@@ -116,6 +117,25 @@ def _gathered_axes(sharded: Partition, gathered: Partition) -> tuple[MeshAxis, .
     """Return the mesh axes of the first partition that the second one lacks."""
     axes = {axis for before, after in zip(sharded, gathered, strict=True) for axis in before if axis not in after}
     return tuple(axis for axis in MESH_AXES if axis in axes)
+
+
+def _ngram_lookups(step: ShardedStep) -> Iterator[Collective]:
+    """Look up n-gram embeddings in tables of which n devices have some features each.
+
+    The rows that the group's n p tokens need are all-gathered, an integer for each hash function; all-to-alls return
+    their p tokens' features to devices, and the gradients in the backward pass. Recomputation looks up once more.
+    """
+    forward = 2 if step.config.training.rematerialize == "block" else 1
+    for index, layer in enumerate(step.config.model.all_layers):
+        if (spec := layer.ngram_embeddings) is None:
+            continue
+        sharded = step.partitions[f"layers.{index}.ngram_embeddings.weight"][-1]
+        if not (axes := tuple(axis for axis in MESH_AXES if axis in sharded)):
+            continue
+        rows = _INT32_BYTES * step.num_devices(axes) * step.tokens * spec.num_heads
+        features = step.message_bytes * step.tokens * spec.dim
+        yield _collective(step, "all-gather", axes, "rows of n-grams", rows, forward)
+        yield _collective(step, "all-to-all", axes, "n-gram embeddings", features, forward + 1)
 
 
 def _expert_exchanges(step: ShardedStep) -> Iterator[Collective]:

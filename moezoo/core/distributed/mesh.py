@@ -16,7 +16,7 @@ MESH_AXES: tuple[MeshAxis, ...] = get_args(MeshAxis)
 BATCH_AXES: tuple[MeshAxis, ...] = ("data", "fsdp", "expert")
 """Axes over which the batch is sharded. Devices along `tensor` share the same sequences."""
 
-LogicalAxis = Literal["embed", "vocab", "head", "kv_head", "head_dim", "hidden", "expert", "latent"]
+LogicalAxis = Literal["embed", "vocab", "head", "kv_head", "head_dim", "hidden", "expert", "latent", "group", "ngram"]
 Exchange = Literal["padded", "allgather", "ragged"]
 
 
@@ -62,9 +62,9 @@ class MeshConfig(Part):
         if len(auto := [axis for axis in MESH_AXES if getattr(self, axis) == "auto"]) > 1:
             raise impossible(auto[1], f"is 'auto', and so is {auto[0]}", "Set one of them to a number")
         for name, axes in self.rules.items():
-            if name == "expert" and "tensor" in axes:
+            if name in ("expert", "ngram") and "tensor" in axes:
                 raise impossible(
-                    "rules.expert", "is sharded over tensor, whose devices share the same tokens", "Use expert"
+                    f"rules.{name}", "is sharded over tensor, whose devices share the same tokens", "Use expert"
                 )
             if name in ("embed", "head_dim", "latent") and "tensor" in axes:
                 raise impossible(

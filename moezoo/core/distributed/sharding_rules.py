@@ -20,6 +20,8 @@ RULES: dict[str, tuple[MeshAxis, ...]] = {
     "hidden": ("tensor",),
     "expert": ("expert",),
     "latent": ("fsdp",),
+    "group": ("tensor",),
+    "ngram": ("fsdp", "expert"),
 }
 _LOWEST_PRIORITY = "latent"
 """This axis is not sharded over a mesh axis that another axis of the parameter uses: of [embed, latent], only embed."""
@@ -65,9 +67,12 @@ def partition(row: Parameter, mesh: MeshConfig, sizes: Mapping[MeshAxis, int]) -
 
 
 def gathered_partition(row: Parameter, stored: Partition) -> Partition:
-    """Return how a parameter is sharded while its block computes: all-gathered over the batch axes, except experts."""
+    """Return how a parameter is sharded while its block computes: all-gathered over the batch axes.
+
+    Experts and the tables of n-gram embeddings stay where they are: what is computed with them is exchanged.
+    """
     return tuple(
-        axes if name == "expert" else tuple(axis for axis in axes if axis not in BATCH_AXES)
+        axes if name in ("expert", "ngram") else tuple(axis for axis in axes if axis not in BATCH_AXES)
         for name, axes in zip(row.axes, stored, strict=True)
     )
 

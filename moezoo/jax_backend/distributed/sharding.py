@@ -38,7 +38,8 @@ class Placement:
         parameters: sharding of each parameter between steps, by canonical name.
         computing: sharding of each parameter while its block computes: gathered over the batch's axes.
         experts: partition of each parameter of the experts while they compute, by its name in the module.
-        expert_axes, batch_axes: axes of the mesh over which experts and sequences are sharded.
+        expert_axes, ngram_axes, batch_axes: axes of the mesh over which experts, the features of n-gram embeddings and
+            sequences are sharded.
         batch: sharding of a step's tokens and targets [A, B, T].
         replicated: sharding of an array that every device has as a whole.
     """
@@ -67,7 +68,9 @@ class Placement:
             for row in table
             if ".moe.experts." in row.name
         }
-        self.expert_axes = self._known(config.rules.get("expert", RULES["expert"]))
+        self.expert_axes, self.ngram_axes = (
+            self._known(config.rules.get(name, RULES[name])) for name in ("expert", "ngram")
+        )
         self.batch = self.sharding((), self.batch_axes)
         self.replicated = self.sharding()
 

@@ -86,6 +86,16 @@ def test_latent_axis_is_sharded_only_where_no_other_axis_is():
     assert partition(up, whole, sizes(whole, 2)) == ((), (), ())
 
 
+def test_tables_of_ngrams_stay_sharded_while_they_are_used():
+    table = parameter_table(load_config("configs/tiny/ngram_embeddings.yaml", ["model.vocab_size=64"]).model)
+    row = next(row for row in table if row.name == "layers.0.ngram_embeddings.weight")
+    mesh = MeshConfig(fsdp=2, expert=2, tensor=2)
+    stored = partition(row, mesh, sizes(mesh, 8))
+    assert stored == gathered_partition(row, stored) == ((), (), ("fsdp", "expert"))
+    with pytest.raises(SpecError, match=r"size 4 along ngram, which is not divisible into 8 shards.*mesh.rules.ngram"):
+        partition(row, MeshConfig(expert=8), sizes(MeshConfig(expert=8), 8))
+
+
 def test_indivisible_batch_is_refused():
     check_batch(8, {**ONE_DEVICE, "data": 2, "expert": 4})
     with pytest.raises(SpecError, match=r"has 6 sequences, which is not divisible by 8 \(data 2, expert 4"):
