@@ -241,13 +241,14 @@ def router_z(routing: Routing, real_P: jax.Array | None = None) -> jax.Array:
 
 
 def pooled_balance(layer_logits: Sequence[jax.Array], top_k: int, real_P: jax.Array | None = None) -> jax.Array:
-    """Spec: moezoo.core.reference.losses.pooled_balance."""
-    logits_PE = jnp.concatenate(layer_logits)
-    chosen_PE = jnp.concatenate([highest_logits(own_PE, top_k) for own_PE in layer_logits])
-    real_P = None if real_P is None else jnp.tile(real_P, len(layer_logits))
-    frequency_E = token_mean(chosen_PE.astype(jnp.float32), real_P)
-    probability_PE = jax.nn.softmax(logits_PE, axis=-1)
-    return logits_PE.shape[-1] * jnp.sum(frequency_E * token_mean(probability_PE, real_P))
+    """Spec: moezoo.core.reference.losses.pooled_balance.
+
+    Layers are averaged, and not concatenated: on a mesh that would send tokens to other devices.
+    """
+    chosen = [highest_logits(own_PE, top_k).astype(jnp.float32) for own_PE in layer_logits]
+    frequency_E = sum(token_mean(own_PE, real_P) for own_PE in chosen) / len(layer_logits)
+    probability_E = sum(token_mean(jax.nn.softmax(own_PE, axis=-1), real_P) for own_PE in layer_logits)
+    return layer_logits[0].shape[-1] * jnp.sum(frequency_E * probability_E / len(layer_logits))
 
 
 def auxiliary_loss(
