@@ -180,10 +180,10 @@ def _decayed_products(left_BMTH: jax.Array, right_BMTH: jax.Array, log_decay_BMG
     if head_dim == 1:
         product_BMTS = jnp.einsum("...MTH,...MSH->...MTS", left_BMTH, right_BMTH)
         return decays(log_decay_BMGTH[..., 0])[0] * product_BMTS[..., None, :, :]
+    # Trap: XLA for CPUs crashes on arrays of more than 8 axes. The halves have as many; to merge chunks, sequences and
+    # heads would make devices of a mesh that share these compute all of them.
     left, right, log_decay = (
-        jnp.broadcast_to(x, (*batch, length, head_dim)).reshape(
-            -1, length, head_dim
-        )  # Trap: XLA for CPUs crashes on arrays of more than 8 axes
+        jnp.broadcast_to(x, (*batch, length, head_dim))
         for x in (left_BMTH[..., None, :, :], right_BMTH[..., None, :, :], log_decay_BMGTH)
     )
     product = jnp.sum(left * right, axis=-1)[..., None, None]
@@ -196,7 +196,7 @@ def _decayed_products(left_BMTH: jax.Array, right_BMTH: jax.Array, log_decay_BMG
         above = jnp.concatenate([first, jnp.zeros_like(between)], axis=-1)
         product = jnp.concatenate([above, jnp.concatenate([between, second], axis=-1)], axis=-2)
         size *= 2
-    return product.reshape(*batch, length, length)
+    return product[..., 0, :, :]
 
 
 def _halves(x: jax.Array, size: int) -> tuple[jax.Array, jax.Array]:
