@@ -107,9 +107,8 @@ class DepthAttention(nnx.Module):
         self, streams_BTJD: jax.Array, connection: Connection, out_BTD: jax.Array, block: int | jax.Array
     ) -> jax.Array:
         """Spec: moezoo.core.reference.residual.write."""
-        assert isinstance(block, int)
         kept, running = streams_BTJD, out_BTD
-        if not self.spec.begins(block):
+        if not isinstance(block, int) or not self.spec.begins(block):  # scanned layers begin no sum
             kept, running = streams_BTJD[:, :, :-1], streams_BTJD[:, :, -1] + out_BTD
         return jnp.concatenate([kept, running[:, :, None]], axis=2)
 

@@ -27,13 +27,13 @@ def equal_layers(spec: ModelSpec, parameters: Mapping[str, Any]) -> list[range]:
     """Return all layers in order, in runs of layers with equal specs, and parameters in equal shapes, dtypes and codes.
 
     A run of its own is each layer that passes something to a certain other one (keys to attend to, values to mix in, an
-    MoE's output for the next layer), and the layer that such an output is added in. Raises SpecError where every run
-    would be one layer.
+    MoE's output for the next layer), the layer that such an output is added in, and each layer that begins a sum of
+    attention over depth: after it there is one sum more to read. Raises SpecError where every run would be one layer.
     """
     layers = spec.all_layers
     alone = set(spec.shared_layers)
-    if isinstance(spec.residual, BlockAttentionResidualSpec):  # each block of layers reads one sum more
-        alone |= set(range(len(layers)))
+    if isinstance(spec.residual, BlockAttentionResidualSpec):
+        alone |= {index for index in range(len(layers)) if spec.residual.begins(2 * index)}
     for index, layer in enumerate(layers):
         if layer.shortcut:
             alone |= {index, index + 1}
@@ -56,8 +56,8 @@ def equal_layers(spec: ModelSpec, parameters: Mapping[str, Any]) -> list[range]:
     if len(runs) == len(layers):
         raise SpecError(
             f"training.layers is 'scanned', but no two of {len(layers)} layers can share their code; expected equal "
-            "layers one after the other, none of which passes keys, values or an MoE's output to a certain later one. "
-            "Use training.layers: unrolled."
+            "layers one after the other, none of which passes keys, values or an MoE's output to a certain later one "
+            "or begins a sum of residual: block_attention. Use training.layers: unrolled."
         )
     return runs
 
