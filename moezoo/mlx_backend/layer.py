@@ -257,7 +257,7 @@ class Layer(nn.Module):
         """Short convolution of a block's output, if there is one, and its last inputs."""
         if self.spec.output_convolution is None:
             return out_BTD, None
-        convolution = self.attention_convolution if block == "attention" else self.feed_forward_convolution
+        convolution = self._block(f"{block}_convolution", inputs, None)
         real_BT = None
         if inputs.caches is not None and inputs.caches.first_B is not None:
             real_BT = positions(out_BTD.shape[1], inputs.caches.places, inputs.caches.first_B) >= 0

@@ -25,9 +25,9 @@ def _as_list(value: object) -> object:
 class TrainingConfig(Part):
     """Steps, batch size and memory options. A step has `batch_size` sequences in `gradient_accumulation` micro-batches.
 
-    `rematerialize: block` is activation checkpointing: only the input of each attention and each feed-forward block is
-    saved, and the backward pass recomputes the rest, which takes less memory and about a third more compute. `experts`
-    recomputes only the activations of the routed experts, not attention or the router.
+    `rematerialize: block` is activation checkpointing: only the input of each attention, feed-forward block and n-gram
+    embedding is saved, and the backward pass recomputes the rest, which takes less memory and about a third more
+    compute. `experts` recomputes only the activations of the routed experts, not attention or the router.
     Source: Chen et al. 2016, arXiv 1604.06174.
 
     `batch_size` and `sequence_length` are at most 2**24 each: the longest published context has 10 million tokens.

@@ -22,7 +22,7 @@ from moezoo.jax_backend.runtime.placement import active_placement
 from moezoo.jax_backend.runtime.platform import platform
 from moezoo.jax_backend.runtime.typed import GraphDef, State
 
-_BLOCKS = ("attention", "moe", "feed_forward")
+_BLOCKS = ("attention", "moe", "feed_forward", "ngram_embeddings")
 
 
 class Transforms(NamedTuple):
@@ -35,8 +35,8 @@ class Transforms(NamedTuple):
 def transforms(what: Rematerialize, placement: Placement | None, exchange: Exchange | None) -> Transforms:
     """Return the transforms of a training step that recomputes the experts, or each block, in the backward pass.
 
-    Blocks are each attention, MoE and feed-forward; those of scanned layers too. On a mesh, each block also all-gathers
-    its parameters.
+    Blocks are each attention, MoE, feed-forward and n-gram embedding; those of scanned layers too. On a mesh, each
+    block also all-gathers its parameters.
     """
     match what:
         case "none":

@@ -20,7 +20,7 @@ from moezoo.mlx_backend.moe import Exchange, run_experts
 from moezoo.mlx_backend.routing import Routing
 from moezoo.mlx_backend.runtime.typed import custom_function, flatten
 
-_BLOCKS = ("attention", "moe", "feed_forward")
+_BLOCKS = ("attention", "moe", "feed_forward", "ngram_embeddings")
 
 
 class Transforms(NamedTuple):
@@ -33,7 +33,7 @@ class Transforms(NamedTuple):
 def transforms(what: Rematerialize) -> Transforms:
     """Return the transforms of a training step that recomputes the experts, or each block, in the backward pass.
 
-    Blocks are each attention, MoE and feed-forward.
+    Blocks are each attention, MoE, feed-forward and n-gram embedding.
     """
     match what:
         case "none":
