@@ -23,11 +23,12 @@ from tests.support.twins import Twin, V
 pytestmark = pytest.mark.slow
 
 
-def tiny(name: str, repeat: int) -> Config:
-    """Return a tiny config with its first layer repeated `repeat` times."""
+def tiny(name: str, repeat: int, place: int = 0) -> Config:
+    """Return a tiny config with a layer, the first one, repeated `repeat` times."""
     config = with_vocab_size(load_config(f"configs/tiny/{name}.yaml"), V)
-    layer = config.model.layers[0].model_copy(update={"repeat": repeat})
-    return with_layers(config, (layer, *config.model.layers[1:]))
+    layers = list(config.model.layers)
+    layers[place] = layers[place].model_copy(update={"repeat": repeat})
+    return with_layers(config, tuple(layers))
 
 
 def with_layers(config: Config, layers: tuple) -> Config:
@@ -54,6 +55,13 @@ def combined() -> Config:
     return with_layers(config, (layer.model_copy(update={"attention": attention, "moe": moe}),))
 
 
+def over_depth() -> Config:
+    """Return a config of attention over depth, with two layers to scan before a sum begins, and two after."""
+    config = tiny("attention_residual", 4)
+    residual = config.model.residual.model_copy(update={"layers_per_block": 3})
+    return config.model_copy(update={"model": config.model.model_copy(update={"residual": residual})})
+
+
 IN_THE_GATE = {"combined": combined()}
 ONE_BY_ONE = {
     "mixed": mixed(),
@@ -70,8 +78,13 @@ ONE_BY_ONE = {
     },
     **{
         name: tiny(name, 2)
-        for name in ("dropout", "layer_inputs", "expert_choice", "depth_scaled", "hyper_connections")
+        for name in (
+            *("dropout", "layer_inputs", "expert_choice", "depth_scaled", "hyper_connections", "mamba", "head_router"),
+        )
     },
+    "gated_streams": tiny("gated_streams", 2, place=1),
+    "compressed_attention": tiny("compressed_attention", 2, place=2),
+    "attention_residual": over_depth(),
 }
 OPTIMIZERS = (MuonConfig(kind="muon", learning_rate=1e-3), AdafactorConfig(kind="adafactor", learning_rate=1e-3))
 ONE_BY_ONE |= {each.kind: tiny("top_k", 3).model_copy(update={"optimizer": each}) for each in OPTIMIZERS}
@@ -195,7 +208,7 @@ def test_micro_batches_need_memory_for_the_gradients_of_one_layer_at_a_time():
     assert gradients < planned < 1.6 * gradients, (planned, gradients)
 
 
-@pytest.mark.parametrize("name", ["shared_keys", "shortcut", "sliding_window"])
+@pytest.mark.parametrize("name", ["shared_keys", "shortcut", "sliding_window", "attention_residual"])
 def test_layers_that_cannot_be_scanned_are_rejected(name):
     with pytest.raises(SpecError, match=r"training.layers is 'scanned', but no two of .*training.layers: unrolled"):
         started(with_vocab_size(load_config(f"configs/tiny/{name}.yaml"), V), "scanned")

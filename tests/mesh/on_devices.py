@@ -1,9 +1,10 @@
 """Train tiny models on 8 simulated devices and on one, and print their differences. Run by the tests.
 
-python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, replaced, mesh, ...]
+python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [what, config, changes, mesh, ...]
 
     what        equal       differences of losses, gradients and steps, for each of several meshes
                 equal_mlx   the same from MLX on one device, which has nothing to compile
+                equal_floored  as equal_mlx; gradients that may be 0 have parity's floor, 1e-3 of the largest
                 packed      the same of packed documents
                 collectives of a step
                 of_score    collectives of scoring 3 sequences
@@ -11,7 +12,7 @@ python on_devices.py JOB...     a line of JSON for each; a JOB is JSON too: [wha
                 replayed    differences of a step, and of scores of 3 sequences, with forced routing
                 answers     everything that a model can be asked for where it was trained
                 answers_mlx the same from MLX, of an indivisible batch; of a divisible one what follows its prompts
-    replaced    [old, new] in the config's text, or null
+    changes     {"replaced": [[old, new], ...] in the config's text, "seed": of the initial weights}
     mesh        e.g. {"data": 8}
 """
 
@@ -19,6 +20,7 @@ import json
 import re
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 
 import jax
@@ -28,6 +30,7 @@ from moezoo.backends import load_backend, missing_packages
 from moezoo.core.config.run_config import parse_config
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
+from moezoo.core.parity.report import ParityTolerances
 from moezoo.core.reference.sampling import SamplingOptions
 from moezoo.core.tokens import IGNORED, NOT_REPLAYED, PADDING
 from moezoo.jax_backend.backend import JaxBackend
@@ -36,14 +39,19 @@ from moezoo.jax_backend.runtime.step_batch import step_batch
 VOCAB, STEPS = 64, 3
 
 
-def config_of(path: Path, replaced: tuple[str, str] | None = None):
+def config_of(path: Path, replaced: Iterable[tuple[str, str]] = (), seed: int = 0):
     """With 8 experts, so that any mesh of 8 devices may shard them."""
     text = path.read_text(encoding="utf-8")
-    if replaced is not None:
-        assert text.count(replaced[0]) == 1
-        text = text.replace(*replaced)
+    for old, new in replaced:
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
     config = parse_config(re.sub(r"num_experts: [0-9]+", "num_experts: 8", text), str(path))
-    return config.model_copy(update={"model": config.model.model_copy(update={"vocab_size": VOCAB})})
+    changes = {"model": config.model.model_copy(update={"vocab_size": VOCAB})}
+    return config.model_copy(update=changes | {"training": config.training.model_copy(update={"seed": seed})})
+
+
+def weights_of(config):
+    return initial_weights(config.model, config.training.seed, active_adapters=True)
 
 
 def mesh_and_options(given: dict):
@@ -63,7 +71,7 @@ def trained(backend, config, options, windows, key, documents=None):
     Gradients are the first moments after one step, up to a factor: so they need no program of their own. What Adafactor
     keeps instead is compared as it is.
     """
-    model = backend.build(config.model, initial_weights(config.model, 0, active_adapters=True))
+    model = backend.build(config.model, weights_of(config))
     model.start_training(config.optimizer, **options)
     keys, targets = np.stack([key, key + 1]), windows[..., 1:].copy()
     targets[0, :, 3:], targets[:, 2] = IGNORED, IGNORED  # micro-batches with different numbers, a device with none
@@ -80,9 +88,10 @@ def trained(backend, config, options, windows, key, documents=None):
     return steps[0].losses, gradients, steps, scores, model
 
 
-def apart(one, other) -> float:
+def apart(one, other, floor: float = 1e-12) -> float:
+    """The largest difference, as a share of the largest number, which is taken to be `floor` at least."""
     one, other = np.asarray(one, np.float64), np.asarray(other, np.float64)
-    return float(np.max(np.abs(one - other)) / max(np.max(np.abs(one)), 1e-12))
+    return float(np.max(np.abs(one - other)) / max(np.max(np.abs(one)), floor))
 
 
 def packed(config, *meshes: dict) -> dict:
@@ -96,10 +105,15 @@ def equal_mlx(config, *meshes: dict) -> dict:
     return equal(config, *meshes, alone="mlx")
 
 
-def equal(config, *meshes: dict, documents=None, alone="jax") -> dict:
+def equal_floored(config, *meshes: dict) -> dict:
+    return equal(config, *meshes, alone="mlx", floor=ParityTolerances().gradient_floor)
+
+
+def equal(config, *meshes: dict, documents=None, alone="jax", floor=0.0) -> dict:
     windows = np.random.default_rng(0).integers(0, VOCAB, (2, 8, 17)).astype(np.int32)
     key = np.array([1, 2], np.uint32)
     losses, gradients, steps, scores, model = trained(one_device(alone), config, {}, windows, key, documents)
+    least = max(1e-12, floor * max(np.abs(value).max() for value in gradients.values()))
     found = {}
     for given in meshes:
         mesh, options = mesh_and_options(given)
@@ -109,7 +123,7 @@ def equal(config, *meshes: dict, documents=None, alone="jax") -> dict:
         exported = mine[4].export_parameters()
         found[json.dumps(given)] = {
             "losses": max(apart(losses[name], mine[0][name]) for name in losses),
-            "gradients": max(apart(gradients[name], mine[1][name]) for name in gradients),
+            "gradients": max(apart(gradients[name], mine[1][name], least) for name in gradients),
             "steps": max(
                 apart(step.losses[name], own.losses[name])
                 for step, own in zip(steps, mine[2], strict=True)
@@ -133,7 +147,7 @@ def answered(backend, config, options, asked: tuple[int, ...]) -> tuple[dict, li
 
     And the tokens that follow prompts of unequal length; that and a cache's logits alone if the batch is not `asked`.
     """
-    model = backend.build(config.model, initial_weights(config.model, 0, active_adapters=True))
+    model = backend.build(config.model, weights_of(config))
     model.start_training(config.optimizer, **options)
     windows = np.random.default_rng(0).integers(0, VOCAB, (1, 8, 17)).astype(np.int32)
     model.train_step(windows, 1e-3).fetch()
@@ -181,7 +195,7 @@ def replayed(config, *meshes: dict) -> dict:
         forced.append(np.where(np.arange(16)[:, None] % 4, drawn, NOT_REPLAYED).astype(np.int32))
     results = []
     for mesh, options in map(mesh_and_options, ({}, *meshes)):
-        model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
+        model = JaxBackend(mesh).build(config.model, weights_of(config))
         model.start_training(config.optimizer, **options)
         metrics = model.train_step(windows, 1e-3, forced=forced).fetch()
         gradients = {name: value for name, value in model.export_optimizer().items() if name.startswith("first_")}
@@ -198,7 +212,7 @@ def replayed(config, *meshes: dict) -> dict:
 
 def compiled_step(config, given: dict, micro_batches: int = 1):
     mesh, options = mesh_and_options(given)
-    model = JaxBackend(mesh).build(config.model, initial_weights(config.model, 0, active_adapters=True))
+    model = JaxBackend(mesh).build(config.model, weights_of(config))
     model.start_training(config.optimizer, **options)
     batch = jax.tree.map(model._placement.of_all_processes, step_batch(np.zeros((micro_batches, 8, 17), np.int32)))
     with model._placement.active(8):
@@ -210,7 +224,7 @@ def collectives(config, given: dict) -> dict:
 
 
 def of_score(config, given: dict) -> dict:
-    model = JaxBackend(MeshConfig(**given)).build(config.model, initial_weights(config.model, 0, active_adapters=True))
+    model = JaxBackend(MeshConfig(**given)).build(config.model, weights_of(config))
     compiled, seen = model._score, []
 
     def watched(*values, **named):
@@ -257,8 +271,8 @@ def donated(config, given: dict) -> dict:
 
 
 if __name__ == "__main__":
-    every = (equal, equal_mlx, packed, collectives, of_score, donated, replayed, answers, answers_mlx)
+    every = (equal, equal_mlx, equal_floored, packed, collectives, of_score, donated, replayed, answers, answers_mlx)
     whats = {function.__name__: function for function in every}
     for job in sys.argv[1:]:
-        what, path, replaced, *meshes = json.loads(job)
-        print(json.dumps(whats[what](config_of(Path(path), replaced), *meshes)))
+        what, path, changes, *meshes = json.loads(job)
+        print(json.dumps(whats[what](config_of(Path(path), **changes), *meshes)))

@@ -46,10 +46,11 @@ GROUPED = [
 release = pytest.mark.release
 
 
-def job(what: str, name: str, *meshes: dict, replaced: tuple[str, str] | None = None) -> str:
+def job(what: str, name: str, *meshes: dict, replaced: tuple[str, str] | None = None, **changes) -> str:
     """A job of on_devices.py on a tiny config or a combination."""
     folder = "tests/data/combinations" if "/" in name else "configs/tiny"
-    return json.dumps([what, f"{folder}/{name.rpartition('/')[2]}.yaml", replaced, *meshes])
+    changes |= {} if replaced is None else {"replaced": [replaced]}
+    return json.dumps([what, f"{folder}/{name.rpartition('/')[2]}.yaml", changes, *meshes])
 
 
 @pytest.fixture(scope="module")
@@ -144,6 +145,52 @@ ONE_BY_ONE = (
     "adapter",  # on every kind of matrix
     "adapter_dropout",
 )
+
+
+THREE = MESHES[10]
+INDEXERS = ("num_heads: 3, head_dim", "num_heads: 4, head_dim")
+# Streams, their mixing and what is kept of them, states, indexers, tables by hash, routers with a state: each with what
+# makes it divisible by three axes of two.
+LATER_PARTS = {
+    "gated_streams": job("equal_floored", "gated_streams", THREE, seed=2),
+    **{
+        name: job("equal_floored", name, THREE)
+        for name in (
+            "attention_residual",
+            "depth_scaled",
+            "scaled_residual",
+            "lightning_attention",
+            "convolutional_attention",
+            "dynamic_convolution",
+            "ngram_embeddings",
+            "shared_sink",
+            "router_mlp",
+            "pooled_balance",
+        )
+    },
+    "compressed_attention": job("equal_floored", "compressed_attention", THREE, replaced=INDEXERS),
+    "block_indexer": job("equal_floored", "block_indexer", THREE, replaced=INDEXERS),
+    "head_router": job("equal_floored", "head_router", THREE, replaced=("num_heads: 10", "num_heads: 16")),
+    "channel_decay": job("equal_floored", "channel_decay", {**THREE, "rules": {"latent": None}}, seed=8),
+    "mamba": job("equal_floored", "mamba", {**THREE, "rules": {"latent": None}}),
+    "mamba2": job("equal_floored", "mamba2", {**THREE, "rules": {"kv_head": None}}, seed=1),
+}
+# Streams, a state, n-gram tables that two axes share.
+WITH_A_STATE = (
+    "    - attention: {num_heads: 4, num_kv_heads: 2, head_dim: 8}\n      moe:",
+    "    - attention: {kind: mamba, inner_dim: 48, state_dim: 6, step_rank: 4}\n      moe:",
+)
+
+
+@pytest.mark.parametrize(
+    "job",
+    [
+        pytest.param(job("equal_floored", "gated_streams", THREE, replaced=WITH_A_STATE, seed=2), id="gate"),
+        *(pytest.param(each, id=name, marks=release) for name, each in LATER_PARTS.items()),
+    ],
+)
+def test_streams_states_and_tables_match_one_device(found, job):
+    check(found[job])
 
 
 @pytest.mark.parametrize(
