@@ -15,10 +15,16 @@ def test_drawn_weights_are_those_of_the_fixture(case):
     assert fixtures.digest(fixtures.drawn_tensors(description)) == description["sha256"]
 
 
+# In KiB. A text of Doge has no token twice, so its vocabulary is large: equal tokens would be ties of its mask.
+LARGEST = {"doge": 70, "doge_window": 60}
+
+
 @pytest.mark.parametrize("case", EVERY)
 def test_fixture_is_small_and_its_arrays_have_matching_shapes(case):
     fixture = fixtures.read_fixture(case)
-    assert sum((fixtures.FOLDER / f"{case}.{suffix}").stat().st_size for suffix in ("json", "npz")) < 45 * 1024
+    assert sum(
+        (fixtures.FOLDER / f"{case}.{suffix}").stat().st_size for suffix in ("json", "npz")
+    ) < 1024 * LARGEST.get(case, 45)
     expected = fixture.expected
     batch, length = expected["input_ids"].shape
     config = fixtures.text_config(fixture.description["config"])

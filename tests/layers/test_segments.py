@@ -12,7 +12,7 @@ from tests.support.twins import Twin
 MIXERS = {
     "mamba": {"kind": "mamba", "inner_dim": 32, "state_dim": 16, "step_rank": 4},
     "mamba2": {"kind": "mamba2", "num_heads": 4, "head_dim": 8, "state_dim": 8},
-    "lightning": {"kind": "lightning", "num_heads": 4, "head_dim": 8},
+    "lightning": {"kind": "lightning", "num_heads": 8, "head_dim": 8},
     "delta": {"kind": "gated_delta", "num_key_heads": 2, "num_value_heads": 4, "key_head_dim": 8, "value_head_dim": 8},
 }
 MIXERS["delta by channel"] = MIXERS["delta"] | {"num_key_heads": 4, "decay": "channel", "gate": "sigmoid"}
