@@ -60,6 +60,12 @@ def test_a_config_is_derived_from_the_spec_alone(name: str) -> None:
     assert leaves_of(again) == leaves_of(spec)
 
 
+def test_a_family_whose_models_have_other_parts_is_left_out_by_its_defaults() -> None:
+    _, spec = read(CONFIGS["mixtral"])
+    left = [each.family.name for each in candidates(spec, leaves_of(spec)) if each.possible]
+    assert left == ["mixtral", "hunyuan_v1_moe"]  # the second has an option for each part that it has by default
+
+
 @pytest.mark.parametrize(
     "scaling",
     [

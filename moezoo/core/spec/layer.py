@@ -246,11 +246,11 @@ def check_ngram_embeddings(layers: Sequence[LayerSpec], vocab_size: int | None) 
 
 def with_repeats(layers: Sequence[LayerSpec]) -> tuple[LayerSpec, ...]:
     """Merge equal consecutive layers into one, whose `repeat` is the sum of theirs."""
-    found: list[LayerSpec] = []
+    found: list[tuple[LayerSpec, int]] = []
     for layer in layers:
-        repeat = found[-1].repeat if found else 0
-        if found and found[-1] == layer.model_copy(update={"repeat": repeat}):
-            found[-1] = layer.model_copy(update={"repeat": repeat + layer.repeat})
+        single = layer if layer.repeat == 1 else layer.model_copy(update={"repeat": 1})
+        if found and (single is found[-1][0] or single == found[-1][0]):
+            found[-1] = (single, found[-1][1] + layer.repeat)
         else:
-            found.append(layer)
-    return tuple(found)
+            found.append((single, layer.repeat))
+    return tuple(single if repeat == 1 else single.model_copy(update={"repeat": repeat}) for single, repeat in found)

@@ -161,7 +161,9 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         widths["head_dim"] = attention.head_dim
         part = {"partial_rotary_factor": attention.rope_head_dim / attention.head_dim}
         ropes["main" if compression is None else "compress"] = rope_fields(attention.position) | part
-    ropes = {label: ropes.get(label, next(iter(ropes.values()))) for label in ("main", "compress")}
+    bases = {"main": "rope_theta", "compress": "compress_rope_theta"}
+    named = {bases[label]: rope["rope_theta"] for label, rope in ropes.items()}  # nothing reads that of no layer
+    ropes = {label: ropes.get(label, next(iter(ropes.values()))) for label in bases}
     hashed = [each.moe is not None and isinstance(each.moe.router.choice, HashChoiceSpec) for each in spec.all_layers]
     return {
         **widths,
@@ -169,8 +171,7 @@ def config(spec: ModelSpec) -> dict[str, Any]:
         "mlp_layer_types": ["hash_moe" if is_hash else "moe" for is_hash in hashed],
         "compress_rates": {SPARSE: 4, HEAVY: 128} | rates,
         "rope_parameters": ropes,
-        "rope_theta": ropes["main"]["rope_theta"],
-        "compress_rope_theta": ropes["compress"]["rope_theta"],
+        **named,
         "partial_rotary_factor": ropes["main"]["partial_rotary_factor"],
     }
 

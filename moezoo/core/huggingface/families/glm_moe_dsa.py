@@ -37,14 +37,15 @@ def _attentions(fields: Fields, num_layers: int) -> list[LatentAttentionSpec]:
         top_k=fields.count("index_topk", 2048),
         layout="interleaved",
     )
-    attention, last = parts.latent_attention(fields, queries=2048), None
+    attention = parts.latent_attention(fields, queries=2048)
+    full, shared = attention.model_copy(update={"indexer": indexer}), None
     found = []
     for index, kind in enumerate(_indexer_types(fields, num_layers)):
-        last = index if kind == "full" else last
-        if last is None:
+        if kind == "full":
+            shared = attention.model_copy(update={"indexer_of_layer": index})
+        elif shared is None:
             raise fields.refuse("indexer_types", "full in the first layer, from which others share")
-        own = {"indexer": indexer} if last == index else {"indexer_of_layer": last}
-        found.append(attention.model_copy(update=own))
+        found.append(full if kind == "full" else shared)
     return found
 
 

@@ -25,22 +25,25 @@ def spec(fields: Fields) -> ModelSpec:
     num_experts = fields.count(fields.either("num_experts", "num_local_experts"), 1)
     mixed = fields.flag("use_mixed_mlp_moe", True)
     # Lists per layer, or one number for all; transformers uses intermediate_size in place of moe_intermediate_size.
-    moes = [
-        MoESpec(
-            num_experts=num_experts,
-            router=RouterSpec(top_k=top_k),
-            experts=parts.swiglu(fields, hidden),
-            shared=SharedExpertsSpec(num_experts=shared, hidden_dim=dense) if mixed else None,
-        )
-        for top_k, hidden, shared in zip(
+    sizes = list(
+        zip(
             fields.counts(fields.either("moe_topk", "num_experts_per_tok"), num_layers, 1),
             fields.counts("moe_intermediate_size", num_layers, dense),
             fields.counts("num_shared_expert", num_layers, 1),
             strict=True,
         )
-    ]
+    )
+    moes = {
+        (top_k, hidden, shared): MoESpec(
+            num_experts=num_experts,
+            router=RouterSpec(top_k=top_k),
+            experts=parts.swiglu(fields, hidden),
+            shared=SharedExpertsSpec(num_experts=shared, hidden_dim=dense) if mixed else None,
+        )
+        for top_k, hidden, shared in dict.fromkeys(sizes)
+    }
     _expect_released(fields)
-    return parts.model(fields, [parts.layer(attention, moe) for moe in moes], norm=norm)
+    return parts.model(fields, [parts.layer(attention, moes[each]) for each in sizes], norm=norm)
 
 
 def _position(fields: Fields, head_dim: int) -> RoPESpec:

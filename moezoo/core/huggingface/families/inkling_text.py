@@ -55,14 +55,16 @@ def spec(fields: Fields) -> ModelSpec:
         width, moe_width = fields.count("dense_intermediate_size"), width
     convolution = ResidualConvolutionSpec(width=fields.count(fields.either("conv_kernel_size", "sconv_kernel_size"), 4))
     feed_forward, moe = parts.swiglu(fields, width), _moe(fields, moe_width)
-    layers = []
-    for kind, is_dense in zip(types, dense, strict=True):
+    kinds = list(zip(types, dense, strict=True))
+    built = {}  # each kind once
+    for kind, is_dense in dict.fromkeys(kinds):
         attention = _attention(fields, convolution, sliding=kind == SLIDING)
         if is_dense:
             layer = LayerSpec(attention=attention, feed_forward=feed_forward, feed_forward_scale=True)
         else:
             layer = LayerSpec(attention=attention, moe=moe)
-        layers.append(layer.model_copy(update={"output_convolution": convolution}))
+        built[kind, is_dense] = layer.model_copy(update={"output_convolution": convolution})
+    layers = [built[each] for each in kinds]
     model = parts.model(fields, layers, norm=parts.rms_norm(fields))
     multiplier = fields.number(fields.either("logits_mup_width_multiplier", "embedding_multiplier"), 24.0)
     vocab = fields.count("vocab_size", 201024)

@@ -9,7 +9,7 @@ from typing import Any
 
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import Family, families
-from moezoo.core.huggingface.inverse.leaves import Leaves, is_trained, leaves_of
+from moezoo.core.huggingface.inverse.leaves import Leaves, Values, is_trained, leaves_of
 from moezoo.core.huggingface.inverse.reads import Read, RecordedFields, set_at
 from moezoo.core.huggingface.inverse.rotations import rope_fields
 from moezoo.core.parameters import parameter_table
@@ -102,13 +102,16 @@ def _reached(family: Family) -> dict[str, set[Any]]:
     base = _read(family, {})
     if base is None:
         return {}
-    _add(found, base[1])
+    seen: dict[int, Values] = {}
+    _add(found, base[1], seen)
     config: dict[str, Any] = {}
     for adding in (True, False):  # first parts that are not there by default, which may have options too
         for path, read in list(base[0].reads.items()):
             for value in _others(read) if _adds_parts(read) == adding else ():
-                other = _read(family, set_at(config, path, value)) or _read(family, set_at({}, path, value))
-                if other is not None and _add(found, other[1]) and adding:
+                other = _read(family, set_at(config, path, value))
+                if other is None and config:
+                    other = _read(family, set_at({}, path, value))
+                if other is not None and _add(found, other[1], seen) and adding:
                     config, base = set_at(config, path, value), other
     return found
 
@@ -125,13 +128,19 @@ def _adds_parts(read: Read) -> bool:
     return read.kind in ("per layer", "layers") or not (read.options or read.default)
 
 
-def _add(found: dict[str, set[Any]], leaves: Leaves) -> bool:
-    """Add the forms of a model's values, and return whether there are new ones."""
-    before = sum(map(len, found.values()))
+def _add(found: dict[str, set[Any]], leaves: Leaves, seen: dict[int, Values]) -> bool:
+    """Add the forms of a model's values, and return whether there are new ones. `seen`: layers that were added."""
+    more = False
     for values in (leaves.model, *{id(values): values for values in leaves.layers}.values()):
+        if id(values) in seen:
+            continue
+        seen[id(values)] = values  # held, so that no other layer gets its id
         for path, value in values.items():
-            found.setdefault(path, set()).add(_form(value))
-    return sum(map(len, found.values())) > before
+            forms, form = found.setdefault(path, set()), _form(value)
+            if form not in forms:
+                forms.add(form)
+                more = True
+    return more
 
 
 _MANY = 17  # more are no groups, shared experts or steps of a pattern

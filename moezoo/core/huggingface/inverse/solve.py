@@ -6,6 +6,7 @@ half of a model is often impossible, then one by one as long as that brings the 
 the model that the family cannot express.
 """
 
+import json
 import math
 from collections.abc import Container, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class _Search:
     shapes: list[dict[str, Any]]  # of rope_parameters, that the family states itself
     wanted: Leaves = field(init=False)
     partners: dict[Path, Path] = field(default_factory=dict)
+    known: dict[str, _Outcome] = field(default_factory=dict)  # by config: rounds try many of them again
 
     def __post_init__(self) -> None:
         self.wanted = leaves_of(self.spec)
@@ -107,6 +109,12 @@ class _Search:
     # --- reading a config ------------------------------------------------------------------------------------------
 
     def read(self, config: dict[str, Any]) -> _Outcome:
+        key = json.dumps(config)
+        if key not in self.known:
+            self.known[key] = self.read_anew(config)
+        return self.known[key]
+
+    def read_anew(self, config: dict[str, Any]) -> _Outcome:
         fields = RecordedFields(config, self.number, self.spec.vocab)
         try:
             leaves = leaves_of(self.family.spec_of(fields))

@@ -1,7 +1,7 @@
 """Parsing of config fields shared by several families: attention, feed-forward, MoE layers, layer types."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any, Literal
 
@@ -56,13 +56,18 @@ def attention(
     `num_attention_heads` and `hidden_size / num_attention_heads` apply.
     """
     heads = fields.count("num_attention_heads")
-    return GroupedQueryAttentionSpec(
+    return _grouped_query(
         num_heads=heads,
         num_kv_heads=fields.count_or_null("num_key_value_heads", kv_heads) or heads,
         head_dim=fields.count_or_null("head_dim", head_dim) or fields.count("hidden_size") // heads,
         position=position,
         **options,
     )
+
+
+# A family may ask for equal parts once per layer, and a search reads hundreds of models: each is checked once.
+_grouped_query = lru_cache(maxsize=1024, typed=True)(GroupedQueryAttentionSpec)
+_latent = lru_cache(maxsize=1024, typed=True)(LatentAttentionSpec)
 
 
 def swiglu(
@@ -207,6 +212,7 @@ def model(
     )
 
 
+@lru_cache(maxsize=1024)
 def layer(attention: AttentionSpec, block: FeedForwardSpec | MoESpec) -> LayerSpec:
     """Return a pre-norm layer whose second block is a dense feed-forward or a MoE layer."""
     if isinstance(block, MoESpec):
@@ -235,7 +241,7 @@ def latent_attention(
     heads = fields.count("num_attention_heads")
     if not kv_heads_ignored:
         fields.expect("num_key_value_heads", heads)  # MLA: every head has its own keys
-    return LatentAttentionSpec(
+    return _latent(
         num_heads=heads,
         head_dim=fields.count("qk_nope_head_dim"),
         rope_head_dim=fields.count("qk_rope_head_dim"),
