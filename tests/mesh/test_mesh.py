@@ -185,7 +185,11 @@ WITH_A_STATE = (
 @pytest.mark.parametrize(
     "job",
     [
-        pytest.param(job("equal_floored", "gated_streams", THREE, replaced=WITH_A_STATE, seed=2), id="gate"),
+        pytest.param(
+            job("equal_floored", "gated_streams", THREE, replaced=WITH_A_STATE, seed=2),
+            id="with a state",
+            marks=release,
+        ),
         *(pytest.param(each, id=name, marks=release) for name, each in LATER_PARTS.items()),
     ],
 )
