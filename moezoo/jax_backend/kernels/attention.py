@@ -15,7 +15,8 @@ def chunk_length(length: int) -> int:
     """Return the number of queries per chunk: on the CPU 64, or more so that there are at most 16; else all of them.
 
     On the CPU the scores of a chunk stay in cache, which is four times faster at T = 384. Every chunk is a part of the
-    program: at T = 4,096, 64 of them take five times as long to compile, and no less to run (writings/performance.md).
+    program: at T = 4,096, 64 of them save a tenth of a gradient's time, but take three to four times as long to compile
+    as 16 (writings/performance.md).
     """
     return 64 * -(-length // 1024) if platform() == "cpu" else length
 
