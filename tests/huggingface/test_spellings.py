@@ -65,6 +65,15 @@ def test_the_spellings_of_mlx_lm_beside_those_of_transformers_are_the_same_model
     assert read(written) == read(config)
 
 
+def test_mistral4_keeps_its_share_of_rotated_features_beside_the_spelling_of_mlx_lm() -> None:
+    config = described("mistral4")["hub_config"]  # transformers lets rope_scaling take the place of rope_parameters
+    family = family_of(Fields(config, "config.json"))
+    written = with_mlx_spellings(family, Fields(config, "config.json"), read(config))
+    rotated, others = config["qk_rope_head_dim"], config["qk_nope_head_dim"]
+    assert written["partial_rotary_factor"] == rotated / (rotated + others)
+    assert read(written) == read(config)
+
+
 @pytest.mark.parametrize("case", cases())
 def test_whole_numbers_may_be_written_as_floats(case: str) -> None:
     for spelling in ("config", "hub_config"):

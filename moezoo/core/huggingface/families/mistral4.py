@@ -1,14 +1,16 @@
 """Mistral Small 4. Source: Mistral AI 2026; transformers, `mistral4`."""
 
 import math
+from typing import Any
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.families.deepseek_v3 import FAMILY as DEEPSEEK
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import (
     ChoiceSpec,
     GroupedTopKChoiceSpec,
+    LatentAttentionSpec,
     ModelSpec,
     MoESpec,
     RoPESpec,
@@ -77,11 +79,21 @@ def _moe(fields: Fields) -> MoESpec:
     )
 
 
+def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the share of rotated features. Trap: transformers adds it to `rope_parameters`, and then `rope_scaling`,
+    which is written for mlx-lm, takes their place without it.
+    """
+    attention = spec.layers[0].attention
+    assert isinstance(attention, LatentAttentionSpec)
+    return {"partial_rotary_factor": attention.rope_head_dim / (attention.head_dim + attention.rope_head_dim)}
+
+
 FAMILY = Family(
     model_types=("mistral4",),
     spec=spec,
     tensors=parts.exported(DEEPSEEK.tensors, parts.fused_experts()),
     mlx=DEEPSEEK.mlx,
+    mlx_lm=MlxLM(config=_mlx_config),
     kept=("*.rotary_emb.inv_freq", "*vision_tower.*", "*multi_modal_projector.*"),
     harmless=DEEPSEEK.harmless,
 )
