@@ -1,5 +1,6 @@
 """Each config opens with what it shows, where that comes from and how to run it."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,12 @@ def test_mesh_opens_with_what_it_shows_its_source_and_its_command(path):
     assert any(line.startswith("# source: ") for line in header)
     assert f"# command: moezoo train CONFIG --backend jax --mesh configs/meshes/{path.name}" in header
     assert not load_mesh(str(path)).is_one_device
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_the_command_of_a_config_names_its_file_and_no_other(path):
+    named = re.findall(r"^# command: .*\b(configs/[\w./]+\.yaml)", path.read_text(encoding="utf-8"), re.MULTILINE)
+    assert set(named) <= {f"configs/{path.relative_to(ROOT)}"}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))

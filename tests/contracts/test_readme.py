@@ -8,11 +8,12 @@ import pytest
 
 from moezoo.cli.main import main
 from moezoo.core.config.run_config import load_config
-from moezoo.core.config.shipped import config_file
+from moezoo.core.config.shipped import SHIPPED, config_file
 from moezoo.core.huggingface.family import families
 from tests.support.printed import GUIDES, README, ROOT, blocks, commands
 
 PAGES = [README, *GUIDES]
+CONFIG_FOLDERS = {path for path in SHIPPED.iterdir() if path.is_dir()}
 PRINTED = [
     pytest.param(page, words, id=f"{page.stem}-{' '.join(words)}")
     for page in PAGES
@@ -43,6 +44,9 @@ def test_a_printed_command_has_these_options(page: Path, words: list[str]) -> No
     if "config_path" in given and not is_made_by(page, str(given["config_path"])):
         path = given["config_path"]
         assert config_file(ROOT / path if path.suffix else path).is_file()
+    for word in words:
+        if not Path(word).suffix and (SHIPPED / word).parent in CONFIG_FOLDERS:
+            assert config_file(word).is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
