@@ -125,7 +125,7 @@ FAMILY = Family(
         *parts.experts(),
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
-    mlx=(*parts.mlx_convolutions(MIXER, "conv1d"), *parts.absorbed(MIXER), *parts.switch()),
+    mlx=(*parts.mlx_convolutions(MIXER, "conv1d"), *beside(*LATENT, parts.absorbed(MIXER)), *parts.switch()),
     mlx_lm=MlxLM(
         config=mlx_config, replaces=("architectures", "head_dim"), refuses=mlx_refuses, floats=("*.mlp.gate",)
     ),

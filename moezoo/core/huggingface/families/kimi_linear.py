@@ -126,7 +126,7 @@ FAMILY = Family(
     ),
     mlx=(
         *parts.mlx_convolutions(f"{LAYER}.self_attn", "conv.conv"),
-        *parts.absorbed(),
+        *beside(*LATENT, parts.absorbed()),
         Tensor(f"{LAYER}.mlp.gate.weight", "e d", f"{OURS}.moe.router.w_router", "d e"),
         Tensor(f"{LAYER}.mlp.e_score_correction_bias", "e", f"{OURS}.moe.router.selection_bias", "e"),
         *parts.switch(),
