@@ -8,10 +8,13 @@ from pathlib import Path
 
 import pytest
 
+from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.checkpoint import describe_checkpoint
-from moezoo.core.huggingface.family import families
+from moezoo.core.huggingface.export_as import family_for
+from moezoo.core.huggingface.family import families, family_of
+from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.layout import describe_config
-from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
+from moezoo.core.huggingface.ledger import Ledger, Readable, first_rules, make_ledger, wrapping
 from tests.support.fixtures import expanded
 
 CASES = json.loads((Path(__file__).parents[1] / "data" / "mlx_names.json").read_text())
@@ -55,6 +58,48 @@ def ledger_of(case: str, folder: Path) -> Ledger:
 @pytest.mark.parametrize("case", CASES)
 def test_every_tensor_is_mapped(case: str, tmp_path: Path) -> None:
     assert ledger_of(case, tmp_path).counts().keys() <= {"mapped", "kept"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_has_these_names_and_shapes(case: str, tmp_path: Path) -> None:
+    ledger = ledger_of(case, tmp_path)
+    description = describe_config(tmp_path / "config.json").in_layout(ledger.placed)
+    wrap = wrapping(description.family, ledger.placed)
+    written = {wrap(name): rule.shape for name, rule in first_rules(description.rules, description.spec).items()}
+    assert written == {name: rule.shape for name, rule in ledger.placed.items()}
+
+
+# Fields that transformers ignores, derives or reads in another form, but mlx-lm needs.
+NEEDED = {
+    "deepseek_v32": {"first_k_dense_replace": 1},
+    "ernie4_5_moe": {"moe_layer_end_index": 2},
+    "gemma4_text": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"]},
+    "granitemoehybrid": {
+        "layer_types": ["mamba", "attention", "mamba"],
+        "mamba_d_head": 16,
+        "position_embedding_type": "nope",
+        "time_step_limit": [0.0, 3.4028234663852886e38],
+    },
+    "llama4": {"interleave_moe_layer_step": 2},
+    "mimo_v2_flash": {"n_shared_experts": None},
+    "minimax_m2": {"rotary_dim": 6},
+    "nemotron_h": {"n_shared_experts": 1, "time_step_limit": [0.001, 3.4028234663852886e38]},
+}
+
+
+@pytest.mark.parametrize("case", NEEDED)
+def test_a_design_has_the_fields_that_mlx_lm_needs(case: str) -> None:
+    fields = Fields(CASES[case]["config"], case)
+    spec = family_of(fields).spec_of(fields)
+    family, config = family_for(spec, 128)
+    assert {name: config[name] for name in NEEDED[case]} == NEEDED[case]
+    assert family.spec_of(Fields(json.loads(json.dumps(config, allow_nan=False)), case)) == spec
+
+
+def test_a_plain_rotation_is_stated() -> None:
+    """mlx-lm's GLM-4.5 has no default for `rope_scaling`."""
+    assert parts.older_spellings({"rope_theta": 1e4}) == {"rope_scaling": None}
+    assert parts.older_spellings({"rope_theta": 1e4, "rope_scaling": {"type": "yarn"}}) == {}
 
 
 def test_a_selection_bias_that_mlx_lm_drops_is_no_part_of_the_model(tmp_path: Path) -> None:

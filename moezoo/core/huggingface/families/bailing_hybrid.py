@@ -85,7 +85,7 @@ def mlx_config(spec: ModelSpec) -> dict[str, Any]:
     full = [not isinstance(mixer, GatedDeltaAttentionSpec) for mixer in mixers]
     found: dict[str, Any] = {
         "architectures": ["BailingMoeV3ForCausalLM"],
-        "first_k_dense_replace": spec.moes[0][0] if spec.moes else len(full),
+        "first_k_dense_replace": parts.leading_dense(spec),
         "layer_group_size": full.index(True) + 1 if True in full else len(full) + 1,
         "q_lora_rank": None,
     }

@@ -1,5 +1,7 @@
 """DeepSeek-V3.2: V3 with sparse attention. Source: DeepSeek-AI 2025 (V3.2-Exp); transformers, `deepseek_v32`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
@@ -33,6 +35,11 @@ def spec(fields: Fields) -> ModelSpec:
     return parts.model(fields, layers, norm=parts.rms_norm(fields))
 
 
+def mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    """Return the field by which mlx-lm knows the dense layers."""
+    return {"first_k_dense_replace": parts.leading_dense(spec)}
+
+
 FAMILY = Family(
     model_types=("deepseek_v32",),
     spec=spec,
@@ -51,7 +58,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{LAYER}.mlp.shared_experts", f"{OURS}.moe.shared"),
     ),
     mlx=(*parts.switch(), *parts.absorbed()),
-    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",), config=mlx_config),
     kept=("*.rotary_emb.inv_freq",),
     later_layers_kept=True,
     harmless=("head_dim", "max_position_embeddings", "mlp_bias", "qk_head_dim"),  # transformers has no biases there

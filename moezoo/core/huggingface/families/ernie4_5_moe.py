@@ -1,5 +1,7 @@
 """ERNIE 4.5. Source: Baidu 2025, ERNIE 4.5 Technical Report; transformers, `ernie4_5_moe`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
@@ -46,6 +48,10 @@ def _dense_layers(fields: Fields, num_layers: int) -> list[bool]:
     return [(index + 1) % step > 0 or not first <= index <= last for index in range(num_layers)]
 
 
+def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    return {"moe_layer_end_index": spec.moes[-1][0]} if spec.moes else {}  # -1 is no layer to mlx-lm
+
+
 _BIAS = f"{OURS}.moe.router.selection_bias"
 
 FAMILY = Family(
@@ -66,7 +72,11 @@ FAMILY = Family(
         (Tensor(f"{LAYER}.mlp.moe_statics.e_score_correction_bias", "1 e", _BIAS, "e"),),
     ),
     mlx=parts.switch(),
-    mlx_lm=MlxLM(drops=("selection_bias", ".e_score_correction_bias")),
+    mlx_lm=MlxLM(
+        config=_mlx_config,
+        replaces=("moe_layer_end_index",),
+        drops=("selection_bias", ".e_score_correction_bias"),
+    ),
     kept=("*.rotary_emb.inv_freq", "mtp*", "model.mtp*"),
     harmless=("ignored_index", "max_position_embeddings", "moe_capacity", "num_nextn_predict_layers"),
 )

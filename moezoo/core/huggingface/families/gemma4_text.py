@@ -178,7 +178,11 @@ def _moe(fields: Fields, dense: GatedFeedForwardSpec, norm: RMSNormSpec) -> MoES
 def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
     found = [layer.attention for layer in spec.all_layers]
     own = [each for each in found if isinstance(each, GroupedQueryAttentionSpec) and each.window is None]
-    return {"global_head_dim": own[0].head_dim, "num_global_key_value_heads": own[0].num_kv_heads}
+    # Trap: the last layer has full attention in any case, but for mlx-lm.
+    windows = [getattr(each, "window", None) is not None for each in found]
+    types = ["sliding_attention" if slides else "full_attention" for slides in windows]
+    shape = {"global_head_dim": own[0].head_dim, "num_global_key_value_heads": own[0].num_kv_heads}
+    return {"layer_types": types, **shape}
 
 
 FAMILY = Family(
@@ -213,7 +217,7 @@ FAMILY = Family(
         parts.fused_experts(f"{LAYER}.experts"),
     ),
     mlx=parts.switch(f"{LAYER}.experts.switch_glu"),
-    mlx_lm=MlxLM(config=_mlx_config),
+    mlx_lm=MlxLM(config=_mlx_config, replaces=("layer_types",)),
     kept=(
         "*.rotary_emb.*inv_freq",
         *("*vision_tower.*", "*audio_tower.*", "*embed_vision.*", "*embed_audio.*"),

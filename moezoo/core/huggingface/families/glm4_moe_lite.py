@@ -2,6 +2,7 @@
 
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.families.deepseek_v3 import FAMILY as DEEPSEEK
+from moezoo.core.huggingface.families.deepseek_v32 import mlx_config
 from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.spec import ModelSpec
@@ -27,7 +28,7 @@ FAMILY = Family(
     spec=spec,
     tensors=DEEPSEEK.tensors,
     mlx=DEEPSEEK.mlx,
-    mlx_lm=MlxLM(floats=("*.mlp.gate",)),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",), config=mlx_config),
     kept=DEEPSEEK.kept,
     later_layers_kept=True,
     harmless=(*DEEPSEEK.harmless, "first_k_dense_replace"),

@@ -62,14 +62,14 @@ def _indexer_types(fields: Fields, num_layers: int) -> list[str]:
 
 
 def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
-    attention, dense = spec.layers[0].attention, [layer.moe is None for layer in spec.all_layers]
+    attention = spec.layers[0].attention
     assert isinstance(attention, LatentAttentionSpec)
     position = attention.position
     assert isinstance(position, RoPESpec)
     plain = position.scaling is None
     return {
         "attention_bias": attention.bias,
-        "first_k_dense_replace": dense.index(False) if False in dense else len(dense),
+        "first_k_dense_replace": parts.leading_dense(spec),
         "moe_layer_freq": 1,
         "n_group": 1,
         "norm_topk_prob": True,

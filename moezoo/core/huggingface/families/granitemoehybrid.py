@@ -96,7 +96,11 @@ FAMILY = Family(
         Tensor(f"{LAYER}.shared_mlp.output_linear.weight", "d f", f"{DENSE}.w_down", "f d"),
     ),
     mlx=(*GRANITE.mlx, *parts.mlx_mamba2(f"{LAYER}.mamba")),
-    mlx_lm=MlxLM(config=mlx_config, eight_bits=GRANITE.mlx_lm.eight_bits),
+    mlx_lm=MlxLM(
+        config=mlx_config,
+        replaces=("mamba_d_head", "layer_types", "position_embedding_type"),
+        eight_bits=GRANITE.mlx_lm.eight_bits,
+    ),
     kept=GRANITE.kept,
     harmless=(*GRANITE.harmless, "mamba_chunk_size"),
     config=config,

@@ -96,7 +96,7 @@ def mlx_config(spec: ModelSpec) -> dict[str, Any]:
             "short_conv_kernel_size": delta.conv_width,
         }
     return {
-        "first_k_dense_replace": spec.moes[0][0] if spec.moes else len(mixers),
+        "first_k_dense_replace": parts.leading_dense(spec),
         LINEAR: {
             **sizes,
             "kda_layers": [index + 1 for index, each in enumerate(linear) if each],

@@ -89,6 +89,17 @@ def _moe_layers(fields: Fields, num_layers: int) -> list[int]:
 _THEIRS = f"{LAYER}.feed_forward"
 _OURS = f"{OURS}.moe.experts"
 
+
+def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    return {"interleave_moe_layer_step": parts.leading_dense(spec) + 1} if spec.moes else {}
+
+
+def _mlx_refuses(spec: ModelSpec) -> str | None:
+    step, number = parts.leading_dense(spec) + 1, len(spec.all_layers)
+    regular = [index for index, _ in spec.moes] == list(range(step - 1, number, step))
+    return None if regular else "its MoE layers are not the last ones of groups of one size"
+
+
 FAMILY = Family(
     model_types=("llama4_text", "llama4"),
     spec=spec,
@@ -103,7 +114,7 @@ FAMILY = Family(
         *parts.feed_forward(f"{_THEIRS}.shared_expert", f"{OURS}.moe.shared"),
     ),
     mlx=parts.switch(f"{LAYER}.feed_forward.experts"),
-    mlx_lm=MlxLM(wrapper="llama4"),
+    mlx_lm=MlxLM(wrapper="llama4", config=_mlx_config, replaces=("interleave_moe_layer_step",), refuses=_mlx_refuses),
     kept=("*.rotary_emb.inv_freq", "vision_model.*", "multi_modal_projector.*"),
     harmless=(
         "cache_implementation",

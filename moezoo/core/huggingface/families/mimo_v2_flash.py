@@ -120,7 +120,7 @@ FAMILY = Family(
         *parts.experts(),
     ),
     mlx=parts.switch(),
-    mlx_lm=MlxLM(floats=("*.mlp.gate",), config=_mlx_config),
+    mlx_lm=MlxLM(floats=("*.mlp.gate",), config=_mlx_config, replaces=("n_shared_experts",)),  # 0 of them: null
     kept=("*.rotary_emb.inv_freq", "model.mtp.*"),
     later_layers_kept=True,
     harmless=("attention_chunk_size", "hybrid_block_size", "max_position_embeddings", "sliding_window"),

@@ -1,11 +1,13 @@
 """MiniMax-M2. Source: MiniMax 2025, the released model; transformers, `minimax_m2`."""
 
+from typing import Any
+
 from moezoo.core.huggingface import parts
-from moezoo.core.huggingface.family import Family
+from moezoo.core.huggingface.family import Family, MlxLM
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.parts import LAYER, OURS
 from moezoo.core.huggingface.tensors import Tensor
-from moezoo.core.spec import ModelSpec, MoESpec, RouterSpec, SelectionBiasSpec
+from moezoo.core.spec import GroupedQueryAttentionSpec, ModelSpec, MoESpec, RoPESpec, RouterSpec, SelectionBiasSpec
 
 
 def spec(fields: Fields) -> ModelSpec:
@@ -13,8 +15,9 @@ def spec(fields: Fields) -> ModelSpec:
     head_dim = fields.count("head_dim", 128)
     fraction = fields.integer("rotary_dim", head_dim) / head_dim  # field of the released files
     position = parts.rope(fields, base=5e6, fraction=fraction)
-    if "rotary_dim" in fields and position.fraction != fraction:
-        raise fields.refuse("rotary_dim", f"{position.fraction * head_dim:g}, which follows from partial_rotary_factor")
+    rotated = position.rotated_dim(head_dim)
+    if "rotary_dim" in fields and int(head_dim * fraction) != rotated:
+        raise fields.refuse("rotary_dim", f"{rotated}, which follows from partial_rotary_factor")
     attention = parts.attention(
         fields,
         position,
@@ -53,6 +56,13 @@ def _expect_released(fields: Fields, num_layers: int) -> None:
         fields.expect(f"layernorm_{name}_beta", 1.0)
 
 
+def _mlx_config(spec: ModelSpec) -> dict[str, Any]:
+    attention = spec.layers[0].attention
+    assert isinstance(attention, GroupedQueryAttentionSpec)
+    assert isinstance(attention.position, RoPESpec)
+    return {"rotary_dim": attention.position.rotated_dim(attention.head_dim)}
+
+
 _THEIRS = f"{LAYER}.block_sparse_moe"
 _BIAS = f"{OURS}.moe.router.selection_bias"
 
@@ -79,6 +89,7 @@ FAMILY = Family(
         Tensor(f"{_THEIRS}.e_score_correction_bias", "e", _BIAS, "e"),
         *parts.switch(f"{LAYER}.block_sparse_moe.switch_mlp"),
     ),
+    mlx_lm=MlxLM(config=_mlx_config),
     kept=("*.rotary_emb.inv_freq",),
     harmless=(
         "attention_bias",  # transformers has none

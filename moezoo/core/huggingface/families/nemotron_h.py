@@ -169,7 +169,8 @@ def tensors(prefix: str) -> tuple[Fused, ...]:
 
 def mlx_config(spec: ModelSpec) -> dict[str, Any]:
     """Return fields of config.json that mlx-lm requires."""
-    biased = any(isinstance(each.attention, Mamba2Spec) and each.attention.bias for each in spec.layers)
+    mixers = [each.attention for each in spec.layers if isinstance(each.attention, Mamba2Spec)]
+    biased = any(mixer.bias for mixer in mixers)
     fed = [
         each.moe.shared_feed_forward if each.moe else each.feed_forward for each in spec.layers if not each.mixer_only
     ]
@@ -177,7 +178,10 @@ def mlx_config(spec: ModelSpec) -> dict[str, Any]:
         "attention_bias": False,
         "mamba_proj_bias": biased,
         "mlp_bias": any(each is not None and each.bias for each in fed),
+        "n_shared_experts": 1 if any(moe.shared is not None for _, moe in spec.moes) else None,
         "use_bias": biased,
+        # It ignores time_step_min; transformers ignores this.
+        **({"time_step_limit": parts.written_limits(mixers[0].min_step, mixers[0].max_step)} if mixers else {}),
     }
 
 
@@ -192,7 +196,7 @@ FAMILY = Family(
         Tensor(f"{BLOCK}.switch_mlp.fc1.weight", "e f d", f"{OURS_MOE}.experts.w_up", "e d f"),
         Tensor(f"{BLOCK}.switch_mlp.fc2.weight", "e d f", f"{OURS_MOE}.experts.w_down", "e f d"),
     ),
-    mlx_lm=MlxLM(config=mlx_config),
+    mlx_lm=MlxLM(config=mlx_config, replaces=("time_step_limit",)),
     kept=("mtp.*",),
     harmless=(
         # transformers has no biases of attention, one shared expert, and the residual stream in the model's dtype.

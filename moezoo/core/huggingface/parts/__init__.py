@@ -44,6 +44,7 @@ from moezoo.core.huggingface.parts.rotations import (
 )
 from moezoo.core.huggingface.parts.state_space import mamba2, mlx_mamba2, step_limits, written_limits
 from moezoo.core.huggingface.parts.write import (
+    leading_dense,
     older_spellings,
 )
 
@@ -75,6 +76,7 @@ __all__ = [
     "layer",
     "layer_types",
     "layout",
+    "leading_dense",
     "mamba2",
     "mlx_convolutions",
     "mlx_mamba2",

@@ -1,10 +1,13 @@
 """State-space layers shared by several families: their tensor names, and how limits of steps are read."""
 
-import math
 from typing import Any
+
+import numpy as np
 
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.tensors import Fused, Part, Tensor, beside
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 def mamba2(theirs: str, ours: str = "layers.{layer}.attention") -> tuple[Fused, ...]:
@@ -50,12 +53,12 @@ def mlx_mamba2(theirs: str, ours: str = "layers.{layer}.attention") -> tuple[Fus
 
 
 def written_limits(least: float, greatest: float | None) -> list[Any]:
-    """Return `time_step_limit` as transformers writes it; its inverse is `step_limits`."""
-    return [least, {"__float__": "Infinity"} if greatest is None else greatest]
+    """Return `time_step_limit`; its inverse is `step_limits`. Infinity is no number of JSON for every reader."""
+    return [least, _LARGEST if greatest is None else greatest]
 
 
 def step_limits(fields: Fields) -> tuple[float, float | None]:
-    """Return the least and the greatest step of `time_step_limit`; None is infinity."""
+    """Return the least and the greatest step of `time_step_limit`; None if no float32 number is above it."""
     limits = fields.get("time_step_limit", likely=([0.0, 1.0],))
     if limits is None:
         return 0.0, None
@@ -64,4 +67,4 @@ def step_limits(fields: Fields) -> tuple[float, float | None]:
     numbers = [each for each in limits if each is not None]
     if len(numbers) != 2 or any(type(each) not in (int, float) or each < 0 for each in numbers):
         raise fields.refuse("time_step_limit", "two numbers of at least 0")
-    return float(numbers[0]), None if numbers[1] == math.inf else float(numbers[1])
+    return float(numbers[0]), None if numbers[1] >= _LARGEST else float(numbers[1])
