@@ -97,8 +97,11 @@ def words(*shape):
     return torch.randint(-(2**31), 2**31, shape, dtype=torch.int32)
 
 
-def gptq(bits, *, symmetric=False, version=1):
-    """Return codes packed along inputs, and the numbers of gptqmodel; float32 scales, so that nothing is rounded."""
+def gptq(bits, *, symmetric=False, version=1, reordered=False):
+    """Return codes packed along inputs, and the numbers of gptqmodel; float32 scales, so that nothing is rounded.
+
+    `reordered`: groups are of inputs in any order, as `desc_act` makes them.
+    """
     groups, half = SIZE // GROUP, 2 ** (bits - 1)
     zero = sum((half - (version == 1)) << place for place in range(0, 32, bits))
     stored = {
@@ -107,9 +110,11 @@ def gptq(bits, *, symmetric=False, version=1):
         "scales": (torch.rand(groups, COLUMNS) * 0.01 + 0.001).half(),
         "g_idx": torch.arange(SIZE, dtype=torch.int32) // GROUP,
     }
+    if reordered:
+        stored["g_idx"] = stored["g_idx"][torch.randperm(SIZE)]
     if symmetric:
         stored["qzeros"] = torch.full_like(stored["qzeros"], zero - 2**32 if zero >= 2**31 else zero)
-    linear = TorchLinear(bits, GROUP, sym=symmetric, desc_act=False, in_features=SIZE, out_features=COLUMNS)
+    linear = TorchLinear(bits, GROUP, sym=symmetric, desc_act=reordered, in_features=SIZE, out_features=COLUMNS)
     for name, tensor in stored.items():
         setattr(linear, name, tensor.float() if name == "scales" else tensor.clone())
     if version == 1:
@@ -135,6 +140,7 @@ def pieces():
     found["fp8_bytes"] = of_transformers(torch.randn(ROWS, SIZE).to(torch.float8_e4m3fn))
     found |= {"gptq": gptq(4), "gptq8": gptq(8), "gptq_symmetric": gptq(4, symmetric=True)}
     found |= {"gptq_v2": gptq(4, version=2), "awq": awq()}
+    found |= {"gptq_reordered": gptq(4, reordered=True), "gptq8_reordered": gptq(8, symmetric=True, reordered=True)}
     arrays = {}
     for kind, (stored, values) in found.items():
         for name, tensor in (stored | {"values": values.bfloat16()}).items():

@@ -59,8 +59,13 @@ KINDS: dict[str, tuple[dict[str, Any], str]] = {
     "gptq_v2": (GPTQ | {"sym": False, "checkpoint_format": "gptq_v2"}, "affine"),
     "awq": ({"quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True}, "affine"),
 }
+# Groups are of inputs in any order: these are decoded.
+REORDERED: dict[str, tuple[dict[str, Any], str]] = {
+    "gptq_reordered": (GPTQ | {"sym": False, "desc_act": True}, "affine"),
+    "gptq8_reordered": (GPTQ | {"bits": 8, "desc_act": True}, "signed"),
+}
 FLOAT8 = {"nvfp4 weight_scale", "modelopt weight_scale", "mxfp8 weight", "fp8_bytes weight"}
-COLUMNS = ("gptq", "gptq8", "gptq_symmetric", "gptq_v2", "awq")
+COLUMNS = ("gptq", "gptq8", "gptq_symmetric", "gptq_v2", "awq", *REORDERED)
 DTYPES = {
     "float16": "F16",
     "uint8": "U8",
@@ -107,6 +112,13 @@ def numbers(kind: str) -> np.ndarray:
     return (bits.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
+def rounded(values: np.ndarray) -> np.ndarray:
+    """Return float32 numbers rounded to bfloat16, as float32."""
+    bits = values.view(np.uint32)
+    bits = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
+    return bits.view(np.float32)
+
+
 def write(
     kind: str,
     folder: Path,
@@ -115,7 +127,7 @@ def write(
 ) -> Path:
     """Write a model of one layer: matrices of 64 inputs in this format, others in float32."""
     values = read_fixture("qwen3_moe").description["config"] | {
-        "quantization_config": json.loads(json.dumps(KINDS[kind][0]))
+        "quantization_config": json.loads(json.dumps((KINDS | REORDERED)[kind][0]))
     }
     rows = rows_of(kind)
     values |= {"hidden_size": HIDDEN, "num_attention_heads": rows // 4, "num_key_value_heads": rows // 4, "head_dim": 4}
@@ -154,10 +166,7 @@ def test_codes_are_kept_and_decode_as_elsewhere(kind: str, tmp_path: Path) -> No
         assert weight.nbytes == opened.weights.stored_bytes(name)
         np.testing.assert_array_equal(weight.values(), opened.weights[name])
     query = coded["layers.0.attention.w_query"]
-    found = query.values().reshape(SIZE, -1).T
-    bits = found.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) & np.uint32(0xFFFF0000)
-    np.testing.assert_array_equal(rounded.view(np.float32), numbers(kind))
+    np.testing.assert_array_equal(rounded(query.values().reshape(SIZE, -1).T), numbers(kind))
     np.testing.assert_allclose(dequantize(query), query.values(), rtol=1e-7)
     assert opened.damaged_scales() == []
     export_checkpoint(weights, opened.layout, tmp_path / "out")
@@ -292,6 +301,11 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
         r"qweight is I32 \[256\]; expected",
     ),
     "gptq with wide scales": ("awq", instead("scales", "F32", np.zeros((2, 32), np.float32)), "scales is F32"),
+    "gptq by activations without groups": (
+        "gptq_reordered",
+        without("g_idx"),
+        "q_proj.qweight, but no .g_idx: desc_act is true",
+    ),
     "parts of words": ("awq", instead("qweight", "I32", np.zeros((SIZE, 3), np.int32)), r"scales is F16 \[2, 32\]"),
     "another model": (
         "int4_group",
@@ -353,7 +367,6 @@ CONFIGS: dict[str, tuple[str, Callable[[dict[str, Any]], Any], str]] = {
         lambda own: own.update(weight_block_size=[64, 64]),
         r"weight_block_size is \[64, 64\]; expected",
     ),
-    "gptq by activations": ("gptq", lambda own: own.update(desc_act=True), "desc_act is true; expected false"),
     "gptq of 3 bits": ("gptq", lambda own: own.update(bits=3), "bits is 3; expected 4 or 8"),
     "gptq of other groups": ("gptq", lambda own: own.update(group_size=48), "group_size is 48; expected 32 or 64"),
     "gptq of another version": (
@@ -498,6 +511,52 @@ def test_formats_may_be_mixed(tmp_path: Path) -> None:
     assert str(modes["layers.0.attention.w_key"]) == "4-bit fp4, groups of 16"
     (note,) = opened.weights.decoded_notes()
     assert "since their tensors have several formats: layers.0.moe.experts.w_up" in note
+
+
+@pytest.mark.parametrize("kind", REORDERED)
+def test_groups_of_inputs_in_any_order_are_decoded_and_written_back(kind: str, tmp_path: Path) -> None:
+    opened = open_checkpoint(write(kind, tmp_path / "in"))
+    query = opened.weights["layers.0.attention.w_query"]
+    np.testing.assert_array_equal(rounded(np.ascontiguousarray(query.reshape(SIZE, -1).T)), numbers(kind))
+    (note,) = opened.weights.decoded_notes()
+    assert note.startswith("6 quantized parameters are decoded")
+    assert "their groups are of inputs in any order (desc_act)" in note
+    export_checkpoint(dict(opened.weights), opened.layout, tmp_path / "out")
+    assert (tmp_path / "out/model.safetensors").read_bytes() == (tmp_path / "in/model.safetensors").read_bytes()
+    other = instead("g_idx", "I32", np.full(SIZE, 2, np.int32))
+    damaged = open_checkpoint(write(kind, tmp_path / "damaged", other))
+    with pytest.raises(MoezooError, match=r"q_proj.g_idx has groups 2 to 2; expected 0 to 1, those of .*scales"):
+        damaged.weights["layers.0.attention.w_query"]
+
+
+def test_what_modelopt_declares_in_a_file_of_its_own(tmp_path: Path) -> None:
+    """As in releases whose config.json has no quantization_config."""
+    folder = write("modelopt", tmp_path / "in")
+    config = json.loads((folder / "config.json").read_text())
+    own = config.pop("quantization_config")
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(MoezooError, match=r"q_proj.weight in model.safetensors"):
+        open_checkpoint(folder)
+    beside = folder / "hf_quant_config.json"
+    beside.write_text(json.dumps({"producer": {"name": "modelopt"}, "quantization": {"quant_algo": own["quant_algo"]}}))
+    opened = open_checkpoint(folder)
+    query = opened.weights.stored("layers.0.attention.w_query")
+    assert isinstance(query, QuantizedWeight)
+    assert query.format.mode == "fp4"
+    convert(folder, tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "same")
+    for path in folder.iterdir():
+        assert (tmp_path / "same" / path.name).read_bytes() == path.read_bytes()
+    changed = {name: np.asarray(value, np.float32) * np.float32(1.5) for name, value in opened.weights.items()}
+    assert "without quantization" in export_checkpoint(changed, opened.layout, tmp_path / "floats")[0]
+    assert not (tmp_path / "floats" / beside.name).exists()
+    for content, message in (
+        ({"quantization": {"quant_algo": "W4A8_AWQ"}}, 'quant_algo is "W4A8_AWQ"; expected "FP8" or .*hf_quant_config'),
+        ({}, "quantization is null; expected an object with quant_algo .*hf_quant_config.json"),
+    ):
+        beside.write_text(json.dumps(content))
+        with pytest.raises(MoezooError, match=message):
+            open_checkpoint(folder)
 
 
 def test_gptq_has_symmetric_zeros_and_groups_of_consecutive_inputs(tmp_path: Path) -> None:

@@ -52,6 +52,8 @@ def coded_form(sources: Sequence[Source], shape: tuple[int, ...], quantized: Qua
         return "their scales have several dtypes"
     if not all(_Stored(quantized, _SCALES).has_groups(source.name) for source in sources):
         return "their scales are of columns"
+    if any(quantized.readable[source.name].reordered for source in sources):
+        return "their groups are of inputs in any order (desc_act)"
     if len(axes) > 1 or known is None:
         return "they have only parts of rows of codes"
     lead, packed = known

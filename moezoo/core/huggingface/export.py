@@ -18,7 +18,7 @@ from moezoo.core.files import make_folder, remove_folder, rename_folder, write_a
 from moezoo.core.huggingface.assembly import PIECE_BYTES, same_bits
 from moezoo.core.huggingface.codes import written_codes
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
-from moezoo.core.huggingface.layout import CONFIG, HEADERS, Layout, copy_small_files, entries_of
+from moezoo.core.huggingface.layout import CONFIG, HEADERS, MODELOPT, Layout, copy_small_files, entries_of
 from moezoo.core.huggingface.ledger import FLOATS, first_rules, stored_dtype, wrapping
 from moezoo.core.huggingface.mlx_config import with_mlx_spellings, without_quantization
 from moezoo.core.huggingface.nonfinite import is_finite
@@ -213,7 +213,7 @@ def _write_plain(
             forms[name] = (tensor.dtype, tensor.shape)
     config = with_mlx_spellings(description.family, description.fields, description.spec)
     write_atomically(folder / CONFIG, json.dumps(without_quantization(config), indent=2) + "\n")
-    write_small_files(layout.path, folder, tokenizer, {CONFIG, INDEX})
+    write_small_files(layout.path, folder, tokenizer, {CONFIG, INDEX, MODELOPT})
     if tokenizer is not None:
         tokenizer.write(folder)
     kept = {entry.name: layout.read for entry in layout.ledger.entries if entry.status == "kept"}

@@ -23,7 +23,7 @@ from moezoo.core.huggingface.export import INDEX, assembled_pieces, shards_of, w
 from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields, text_config
-from moezoo.core.huggingface.layout import CONFIG, Description, with_learned_norms
+from moezoo.core.huggingface.layout import CONFIG, MODELOPT, Description, with_learned_norms
 from moezoo.core.huggingface.ledger import first_rules, stored_dtype
 from moezoo.core.huggingface.mlx_config import (
     QUANTIZATION,
@@ -147,7 +147,7 @@ def write_target(
         on_progress: progress callback, in tensors.
     """
     if files is not None:
-        write_small_files(files, folder, tokenizer, {CONFIG, INDEX})
+        write_small_files(files, folder, tokenizer, {CONFIG, INDEX, MODELOPT})
     write_atomically(folder / CONFIG, json.dumps(target.config, indent=2) + "\n")
     if tokenizer is not None:
         tokenizer.write(folder)

@@ -3,7 +3,7 @@
     M.qweight   I32 [in * bits / 32, out]; AWQ: [in, out / 8]
     M.qzeros    I32 [groups, out * bits / 32]: the code of zero; in the format `gptq` (not `gptq_v2`) minus one
     M.scales    F16 or BF16 [groups, out]
-    M.g_idx     I32 [in]: the group of each input; it must be that of consecutive inputs
+    M.g_idx     I32 [in]: the group of each input; that of consecutive inputs, unless `desc_act` is true
 
     value = scale * (code - zero)
 
@@ -33,14 +33,14 @@ def gptq_tensors(config: Fields, tensors: Mapping[str, StoredTensor]) -> dict[st
     Raises SpecError for what is not supported, CheckpointError for tensors that do not belong together.
     """
     config.expect("bits", 4, 8)
-    config.expect("desc_act", False)
     config.expect("pack_dtype", "int32")
     config.expect("is_marlin_format", False)
     dynamic = config.inside("dynamic")
     if dynamic is not None and any(not name.startswith("-") for name in dynamic.raw):
         raise config.refuse("dynamic", "only modules that are not quantized, which begin with -:")
     packing = config.choice("checkpoint_format", {"gptq": "gptq", "gptq_v2": "gptq v2"}, "gptq")
-    return _tensors(config, tensors, packing, symmetric=config.flag("sym", True))
+    by_activation = config.flag("desc_act", False)
+    return _tensors(config, tensors, packing, symmetric=config.flag("sym", True), reordered=by_activation)
 
 
 def awq_tensors(config: Fields, tensors: Mapping[str, StoredTensor]) -> dict[str, Readable]:
@@ -52,7 +52,7 @@ def awq_tensors(config: Fields, tensors: Mapping[str, StoredTensor]) -> dict[str
 
 
 def _tensors(
-    config: Fields, tensors: Mapping[str, StoredTensor], packing: Packing, *, symmetric: bool
+    config: Fields, tensors: Mapping[str, StoredTensor], packing: Packing, *, symmetric: bool, reordered: bool = False
 ) -> dict[str, Readable]:
     bits, size = config.count("bits", 4), config.get("group_size", 128)
     known = GROUP_SIZES["signed"]
@@ -62,7 +62,12 @@ def _tensors(
     for name in tensors:
         if name.endswith(_CODES):
             module = name.removesuffix(_CODES)
-            found[f"{module}.weight"] = _readable(module, tensors, packing, bits, size, symmetric=symmetric)
+            readable = _readable(module, tensors, packing, bits, size, symmetric=symmetric)
+            found[f"{module}.weight"] = readable._replace(reordered=reordered and size != -1)
+            if reordered and module + _GROUPS not in tensors:
+                raise CheckpointError(
+                    f"{tensors[name].file} has {name}, but no {_GROUPS}: desc_act is true ({config.where}). {_FETCH}"
+                )
     return found
 
 

@@ -22,7 +22,7 @@ from moezoo.core.errors import CheckpointError
 from moezoo.core.files import copy_file, make_folder, read_bounded, write_atomically
 from moezoo.core.huggingface.family import Family, family_of
 from moezoo.core.huggingface.fields import Fields
-from moezoo.core.huggingface.folder import ADAPTERS, StoredTensor, inside
+from moezoo.core.huggingface.folder import ADAPTERS, StoredTensor, inside, read_json_object
 from moezoo.core.huggingface.ledger import Ledger, Readable, make_ledger
 from moezoo.core.huggingface.quantized_tensors import decode, encode, is_packed, quantized_tensors
 from moezoo.core.huggingface.tensors import Fused
@@ -32,6 +32,8 @@ from moezoo.core.spec import ModelSpec
 Array = npt.NDArray[Any]
 
 CONFIG = "config.json"
+MODELOPT = "hf_quant_config.json"
+"""Declares what ModelOpt has quantized, in place of `quantization_config` or beside it."""
 HEADERS, _KEPT = "headers.json", "kept.safetensors"
 _SUFFIXES = (".json", ".jinja", ".txt", ".model", ".md")  # files copied along with the tensors; never code or pickle
 _MAX_HEADERS_BYTES = 500_000_000  # one header in the file may have 100 MB
@@ -153,7 +155,7 @@ def make_layout(
     stored: frozenset[str] | None = None,
 ) -> Layout:
     """Build the layout and its ledger. Raises as `make_ledger`, and SpecError for an unsupported quantization."""
-    codes = quantized_tensors(description.fields, tensors, description.family.undeclared)
+    codes = quantized_tensors(description.fields, tensors, _undeclared(description, path))
     description = description.in_layout({**tensors, **codes})
     plain = {name: Readable(tensor.dtype, tensor.shape, (name,)) for name, tensor in tensors.items()}
     forms = {name: (tensor.file, tensor.dtype, tensor.shape) for name, tensor in tensors.items()}
@@ -161,6 +163,18 @@ def make_layout(
     codes = {name: tensor for name, tensor in codes.items() if name in ledger.placed}
     stored = frozenset(tensors) if stored is None else stored
     return Layout(description, path, headers, tensors, codes, ledger, stored, read)
+
+
+def _undeclared(description: Description, path: Path) -> Fields | None:
+    """Return the quantization that config.json may leave out: of ModelOpt's own file, or of the family's files."""
+    if not (path / MODELOPT).exists():
+        values = description.family.undeclared
+        return None if values is None else Fields(values, description.fields.where)
+    file = Fields(read_json_object(inside(path, MODELOPT)), str(path / MODELOPT))
+    inner = file.inside("quantization")
+    if inner is None:
+        raise file.refuse("quantization", "an object with quant_algo")
+    return Fields({"quant_method": "modelopt"} | inner.raw, inner.where)
 
 
 def small_files(path: Path) -> dict[str, Path]:

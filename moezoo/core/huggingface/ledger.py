@@ -44,7 +44,8 @@ class Readable(NamedTuple):
     """A tensor as it is read: decoded from quantized codes, scales and biases, or plain.
 
     `stored`: names of the stored tensors that it is read from, the tensor or its codes first, then scales and biases,
-    or what these follow from. `format`: of the codes.
+    or what these follow from. `format`: of the codes. `reordered`: groups are of inputs in any order, which the last
+    stored tensor has.
     """
 
     dtype: str
@@ -52,6 +53,7 @@ class Readable(NamedTuple):
     stored: tuple[str, ...]
     format: QuantizationFormat | None = None
     packing: Packing = "words"
+    reordered: bool = False
 
 
 @dataclass(frozen=True)

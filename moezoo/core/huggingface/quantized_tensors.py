@@ -21,7 +21,7 @@ from moezoo.core.huggingface.folder import StoredTensor, TensorFolder
 from moezoo.core.huggingface.ledger import FLOATS, INTEGERS, Readable
 from moezoo.core.huggingface.mlx_quantization import declared, mlx_tensors
 from moezoo.core.huggingface.quantization_methods import transformers_tensors
-from moezoo.core.huggingface.stored_rows import code_words, group_scales, has_rows
+from moezoo.core.huggingface.stored_rows import code_words, group_scales, has_rows, reordered_numbers
 from moezoo.core.quantization.weight import decode_rows
 
 Array = npt.NDArray[Any]
@@ -96,6 +96,8 @@ def decode(tensor: Readable, arrays: Sequence[Array]) -> Array:
     """Decode a tensor from its codes and what is beside them: MXFP4 of gpt-oss to bfloat16, others to float32."""
     format = tensor.format
     assert format is not None
+    if tensor.reordered:
+        return reordered_numbers(tensor, arrays)
     if is_packed(tensor):
         scales, *biases = group_scales(tensor, arrays[1:], len(arrays[0]) if has_rows(tensor) else None)
         codes = code_words(tensor, arrays[0])
@@ -119,16 +121,16 @@ def numpy_dtype(stored: str) -> np.dtype[Any]:
 
 
 def quantized_tensors(
-    fields: Fields, tensors: Mapping[str, StoredTensor], undeclared: Mapping[str, Any] | None = None
+    fields: Fields, tensors: Mapping[str, StoredTensor], undeclared: Fields | None = None
 ) -> dict[str, Readable]:
     """Return the tensors quantized according to config.json, by the name that their numbers would have.
 
-    `undeclared`: the `quantization_config` of a family's files that have none.
+    `undeclared`: the `quantization_config` of files whose config.json has none.
 
     Raises SpecError for an unsupported method, CheckpointError for codes and scales that do not belong together.
     """
     formats = declared(fields)
     if formats is not None:
         return mlx_tensors(*formats, tensors)
-    config = fields.inside("quantization_config", undeclared)
+    config = fields.inside("quantization_config") or undeclared
     return {} if config is None else transformers_tensors(config, tensors)

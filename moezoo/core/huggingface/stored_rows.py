@@ -118,6 +118,26 @@ def group_scales(tensor: Readable, beside: Sequence[Array], rows: int | None = N
             return [_of_groups(scales.astype(np.float32) if scales.dtype.itemsize == 1 else scales, shape, format)]
 
 
+def reordered_numbers(tensor: Readable, stored: Sequence[Array]) -> Array:
+    """Decode codes of columns whose groups are of inputs in any order, to float32 [out, in].
+
+    Raises CheckpointError for a group that has no scale.
+    """
+    codes, scales, zeros, group = stored
+    assert tensor.format is not None
+    if group.min() < 0 or group.max() >= len(scales):
+        raise CheckpointError(
+            f"{tensor.stored[3]} has groups {group.min()} to {group.max()}; expected 0 to {len(scales) - 1}, those of "
+            f"{tensor.stored[1]}. Fetch the checkpoint again."
+        )
+    code = np.ascontiguousarray(unpack(code_words(tensor, codes), tensor.format.bits, tensor.shape[1]).T)
+    zero, numbers = _column_zeros(tensor, zeros), np.empty(code.shape, np.float32)
+    for each, scale in enumerate(scales.astype(np.float32)):  # products of 16-bit scales with integers are exact
+        own = group == each
+        numbers[own] = (code[own] - zero[each].astype(np.float32)) * scale
+    return numbers.T
+
+
 def _of_groups(scales: Array, shape: Shape, format: QuantizationFormat) -> Array:
     """Repeat scales of rows, matrices or the tensor for each group."""
     whole = scales.reshape(()) if scales.size == 1 else scales
@@ -182,8 +202,8 @@ def _check_groups(tensor: Readable, zeros: Array, groups: Sequence[Array]) -> No
         )
     if any(not np.array_equal(each, np.arange(size) // (size // zeros.shape[-1])) for each in groups):
         raise CheckpointError(
-            f"{tensor.stored[3]} has other groups than those of consecutive inputs, which is not supported. Use a "
-            "checkpoint that was quantized without desc_act."
+            f"{tensor.stored[3]} has other groups than those of consecutive inputs, but desc_act is false in "
+            "config.json. Set it to true."
         )
 
 
