@@ -119,11 +119,11 @@ def _block_indexer(rows: Rows, name: str, spec: BlockIndexerSpec) -> Iterator[Pa
 
 def _dynamic_mask(rows: Rows, name: str, spec: GroupedQueryAttentionSpec) -> Iterator[Parameter]:
     m, z = spec.num_kv_heads, spec.value_dim
-    axes = ("kv_head", "head_dim", "group")  # `group`: the mesh could shard kv_head twice
+    axes = ("kv_head", "head_dim", "mask_head")  # one head name twice would be sharded twice
     yield rows.matrix(f"{name}.w_step", (m, z, m), axes, "attention", fan_in=2)
     if spec.qkv_bias:
-        yield rows.vector(f"{name}.b_step", (m,), ("group",), "attention")
-    yield rows.vector(f"{name}.rate", (m,), ("group",), "attention")
+        yield rows.vector(f"{name}.b_step", (m,), ("mask_head",), "attention")
+    yield rows.vector(f"{name}.rate", (m,), ("mask_head",), "attention")
 
 
 def _head_convolution(

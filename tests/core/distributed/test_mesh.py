@@ -1,5 +1,7 @@
 """Meshes and sharding rules as data: axis sizes, how parameters are sharded, and errors."""
 
+from dataclasses import replace
+
 import pytest
 
 from moezoo.core.config.run_config import load_config
@@ -8,6 +10,7 @@ from moezoo.core.distributed.sharding_rules import check_batch, gathered_partiti
 from moezoo.core.errors import SpecError
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import CapacitySpec, GatedFeedForwardSpec, MoESpec, RouterSpec
+from tests.support.covering import TINY
 from tests.support.source_tree import PACKAGE
 
 ONE_DEVICE = {"data": 1, "fsdp": 1, "expert": 1, "tensor": 1}
@@ -94,6 +97,13 @@ def test_tables_of_ngrams_stay_sharded_while_they_are_used():
     assert stored == gathered_partition(row, stored) == ((), (), ("fsdp", "expert"))
     with pytest.raises(SpecError, match=r"size 4 along ngram, which is not divisible into 8 shards.*mesh.rules.ngram"):
         partition(row, MeshConfig(expert=8), sizes(MeshConfig(expert=8), 8))
+
+
+@pytest.mark.parametrize("path", TINY, ids=lambda path: path.stem)
+def test_rules_shard_no_parameter_of_any_part_twice_over_an_axis(path):
+    mesh = MeshConfig(data=2, fsdp=2, expert=2, tensor=2)
+    for row in parameter_table(load_config(path, ["model.vocab_size=64"]).model):
+        partition(replace(row, shape=tuple(4 for _ in row.shape)), mesh, sizes(mesh, 16))  # raises where it would
 
 
 def test_indivisible_batch_is_refused():
