@@ -1,7 +1,7 @@
 """Write and read sharded checkpoints on the devices of this process. Run by the tests.
 
-python checkpoints.py write BACKEND MESH RUN    three steps, a save, three more steps; and what was to be saved
-python checkpoints.py read BACKEND MESH RUN     the newest checkpoint on this mesh, and three steps from there
+python checkpoints.py write BACKEND MESH RUN CONFIG    three steps, a save, three more steps; and what was to be saved
+python checkpoints.py read BACKEND MESH RUN CONFIG     the newest checkpoint on this mesh, and three steps from there
 """
 
 import json
@@ -17,8 +17,6 @@ from moezoo.core.config.run_config import dump_config
 from moezoo.core.distributed.mesh import MeshConfig
 from moezoo.core.parameters.initialize import initial_weights
 from tests.mesh.on_devices import VOCAB, config_of
-
-CONFIG = Path("configs/tiny/softmax_with_bias.yaml")  # a selection bias is state, which no mesh cuts
 
 
 def windows(step: int) -> np.ndarray:
@@ -61,8 +59,8 @@ def read(config, backend, run: Path) -> None:
 
 
 if __name__ == "__main__":
-    what, name, mesh, folder = sys.argv[1:]
-    config = config_of(CONFIG)
+    what, name, mesh, folder, path = sys.argv[1:]
+    config = config_of(Path(path))
     backend = load_backend(name, MeshConfig(**json.loads(mesh)))
     if what == "write":
         write(config, backend.build(config.model, initial_weights(config.model, 0)), Path(folder))

@@ -148,6 +148,7 @@ ONE_BY_ONE = (
 
 
 THREE = MESHES[10]
+RECOMPUTED = {**THREE, "layers": "scanned", "rematerialize": "block"}
 # Adam's first steps have the size of the rate whatever a gradient's size: what is 0 but for roundings moves as far as
 # anything else, to either side. SGD's are as near as the gradients are.
 SMOOTH = ("learning_rate:", "kind: sgd\n  learning_rate:")
@@ -196,6 +197,36 @@ LATER_PARTS = {
 @pytest.mark.parametrize("job", LATER_PARTS.values(), ids=LATER_PARTS)
 def test_streams_states_and_tables_match_one_device(found, job):
     check(found[job])
+
+
+# All that keeps a state, with mixed streams; and all that chooses among keys, with gated streams and n-gram tables.
+TOGETHER = ("meshes/states", "meshes/choices")
+
+
+@release
+@pytest.mark.parametrize(
+    "job",
+    [
+        *(
+            pytest.param(job("packed_floored", name, THREE, replaced=[SMOOTH]), id=f"packed {name}")
+            for name in TOGETHER
+        ),
+        *(pytest.param(job("equal_floored", name, RECOMPUTED, replaced=[SMOOTH]), id=name) for name in TOGETHER),
+    ],
+)
+def test_packed_documents_and_scanned_layers_of_later_parts_match_one_device(found, job):
+    check(found[job])
+
+
+@release
+@pytest.mark.parametrize("job", [job("generated", name, THREE) for name in TOGETHER], ids=TOGETHER)
+def test_mesh_generates_with_later_parts(found, job):
+    """Prompts of unequal length, in pieces; decoded tokens; a prompt that begins as one before."""
+    for mesh, own in found[job].items():
+        assert own["apart"].keys() == {"prefill", "decode 40", "decode 41"}
+        far = {name: apart for name, apart in own["apart"].items() if apart > FLOAT32_TRAINING.relative}
+        assert not far, mesh
+        assert own["tokens"], mesh
 
 
 @pytest.mark.parametrize(

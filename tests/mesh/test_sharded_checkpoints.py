@@ -15,10 +15,11 @@ from tests.mesh.simulated import run_simulated
 from tests.support.tolerances import FLOAT32_TRAINING
 
 SCRIPT = "checkpoints.py"
+CONFIG = "configs/tiny/softmax_with_bias.yaml"  # a selection bias is state, which no mesh cuts
 
 
-def on_devices(devices: int, what: str, mesh: dict, run: Path, backend: str = "jax") -> str:
-    return run_simulated(SCRIPT, what, backend, json.dumps(mesh), str(run), devices=devices, backend=backend)
+def on_devices(devices: int, what: str, mesh: dict, run: Path, backend: str, config: str = CONFIG) -> str:
+    return run_simulated(SCRIPT, what, backend, json.dumps(mesh), str(run), config, devices=devices, backend=backend)
 
 
 WRITTEN_ON = {
@@ -45,11 +46,11 @@ EVERY_PAIR = [
 
 
 @cache
-def written_on(name: str, folder: Path) -> Path:
-    run = folder / f"written_on_{name}"
+def written_on(name: str, folder: Path, config: str = CONFIG) -> Path:
+    run = folder / f"{Path(config).stem}_written_on_{name}"
     run.mkdir()
     devices, mesh, backend = WRITTEN_ON[name]
-    on_devices(devices, "write", mesh, run, backend)
+    on_devices(devices, "write", mesh, run, backend, config)
     assert ((run / "checkpoints" / "step_00000003" / "arrays").is_dir()) == (devices > 1)
     return run
 
@@ -67,10 +68,24 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(("written", "where"), EVERY_PAIR, indirect=["written"])
 def test_checkpoint_restores_bit_for_bit_elsewhere_and_training_continues(written: Path, where: str) -> None:
     """Although training continued while it was written, and donated the same buffers."""
+    check_restored(written, where)
+
+
+def check_restored(written: Path, where: str, config: str = CONFIG) -> None:
     devices, mesh, backend = READ_ON[where]
-    losses = json.loads(on_devices(devices, "read", mesh, written, backend).splitlines()[-1])
+    losses = json.loads(on_devices(devices, "read", mesh, written, backend, config).splitlines()[-1])
     expected = json.loads((written / "losses.json").read_text(encoding="utf-8"))
     np.testing.assert_allclose(losses, expected, rtol=FLOAT32_TRAINING.relative)
+
+
+@pytest.mark.release
+@pytest.mark.parametrize("where", ["two_by_two", "mlx"])
+@pytest.mark.parametrize("config", ["states", "choices"])
+def test_checkpoint_of_later_parts_restores_elsewhere(
+    config: str, where: str, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    path = f"tests/data/meshes/{config}.yaml"
+    check_restored(written_on("eight", tmp_path_factory.getbasetemp(), path), where, path)
 
 
 @pytest.mark.parametrize(
