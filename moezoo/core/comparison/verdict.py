@@ -36,8 +36,8 @@ def verdict(report: ComparisonReport) -> Verdict:
     """Return the verdict of a report.
 
     If no parameter that differs is of a router the reason is arithmetic: changes of routing then only follow. If all
-    are, it is routing, unless most of the KL divergence stays with A's experts: then it is their combine weights. Else
-    the share of the KL divergence decides that goes away with A's experts.
+    are, it is routing, unless most of the KL divergence stays with A's experts, or no other expert is chosen: then
+    it is their combine weights. Else the share of the KL divergence decides that goes away with A's experts.
     """
     cause = _cause(report)
     kind = cause or _kind_by_share(report)
@@ -62,7 +62,8 @@ def _cause(report: ComparisonReport) -> Kind | None:
     if not names:
         return "rounding" if report.first_part is None and report.first_routing is None else None
     if _routers_alone(report):
-        return None if _kind_by_share(report) == "arithmetic" else "routing"
+        undivided = report.routing_share is None and report.changed  # other experts, whose outputs are all zero
+        return "routing" if undivided or _kind_by_share(report) != "arithmetic" else None
     return None if any(_of_router(name) for name in names) else "arithmetic"
 
 

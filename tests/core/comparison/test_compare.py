@@ -170,20 +170,39 @@ def test_precision_alone_is_rounding(config, weights):
     assert report.total.kl.mean > 0
 
 
+# Their logits choose no experts: a table does, or cutoffs that are zero before training and let every token in.
+NOT_CHOSEN_BY_LOGITS = {"hash", "expert_choice"}
+
+
+def drawn(path):
+    """Return a config with its vocabulary, and weights for it."""
+    config = parse_config(path.read_text(), where=str(path))
+    spec, _ = spec_with_vocab_size(config, assumed_subwords=64)
+    return config.model_copy(update={"model": spec}), initial_weights(spec, 1, active_adapters=True)
+
+
+def test_other_experts_whose_outputs_are_zero_are_routing():
+    require_backend("mlx")
+    config, weights = drawn(Path("configs/tiny/zero_output.yaml"))
+    report = compared(side(config, weights), side(config, damaged(weights, "layers.1.moe.router.w_router")))
+    assert report.changed
+    assert report.total.kl.mean == 0
+    assert verdict(report).headline == "routing, starting in the router of layer 1"
+
+
 @pytest.mark.release
 @pytest.mark.parametrize("path", sorted(Path("configs/tiny").glob("*.yaml")), ids=lambda path: path.stem)
 def test_every_kind_of_router_is_compared(path):
     require_backend("mlx")
-    config = parse_config(path.read_text(), where=str(path))
-    spec, _ = spec_with_vocab_size(config, assumed_subwords=64)
-    config = config.model_copy(update={"model": spec})
-    weights = initial_weights(spec, 1, active_adapters=True)
+    config, weights = drawn(path)
+    spec = config.model
     assert compared(side(config, weights), side(config, weights)).equal
     if path.stem in ON_BOTH:
         assert verdict(compared(side(config, weights), side(config, weights, "jax"))).kind == "rounding"
     for layer in spec.moe_layers[-1:]:
         report = compared(side(config, weights), side(config, damaged(weights, f"layers.{layer}.moe.router.w_router")))
-        assert (verdict(report).kind, verdict(report).layer) == ("routing", layer)
+        expected = "arithmetic" if path.stem in NOT_CHOSEN_BY_LOGITS else "routing"
+        assert (verdict(report).kind, verdict(report).layer) == (expected, layer)
         report = compared(side(config, weights), side(config, damaged(weights, f"layers.{layer}.moe.experts.w_down")))
         assert (verdict(report).kind, verdict(report).layer) == ("arithmetic", layer)
         assert max(map(len, page(report).splitlines())) <= 80
