@@ -62,7 +62,8 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
     tensors = safetensors.numpy.load_file(source / "model.safetensors")
     del tensors["model.layers.1.block_sparse_moe.experts.2.w1.weight"]
     safetensors.numpy.save_file(tensors, source / "model.safetensors")
-    with pytest.raises(CheckpointError, match=r"layers\.1\.moe\.experts\.w_gate of experts 2"):
+    named = r"layers\.1\.moe\.experts\.w_gate of experts 2 \(in .*layers\.1\.block_sparse_moe\.experts\.2\.w1\.weight\)"
+    with pytest.raises(CheckpointError, match=f"is missing 1 parameter of the model in config.json: {named}"):
         open_checkpoint(source)
 
 

@@ -120,8 +120,15 @@ def test_only_a_misspelled_model_type_gets_a_suggestion(name: str, meant: str | 
     with pytest.raises(SpecError, match=r"supported ones, which `moezoo describe --help` lists") as caught:
         family_of(fields(model_type=name))
     suggestion = f"; did you mean {meant}?" if meant else ""
-    assert str(caught.value).startswith(f"model_type is {name!r}{suggestion}; expected one of the ")
+    got = f"is {name!r}{suggestion}" if name else "is missing"
+    assert str(caught.value).startswith(f"model_type {got}; expected one of the ")
     assert len(str(caught.value)) < 200
+
+
+def test_a_missing_model_type_is_that_of_the_family_with_the_same_fields() -> None:
+    config = read_fixture("nemotron_h").description["config"] | {"model_type": None}
+    with pytest.raises(SpecError, match=r"nearest to nemotron_h, which reads .*If it is one, set model_type to that\."):
+        family_of(Fields(config, "config.json"))
 
 
 @pytest.mark.parametrize(

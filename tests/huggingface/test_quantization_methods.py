@@ -209,7 +209,7 @@ def instead(ending: str, dtype: str, array: np.ndarray) -> Callable[[Tensors], A
 
 HOSTILE: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "no scales": ("int4_group", without("weight_scale"), "q_proj.weight_packed, but no .*q_proj.weight_scale"),
-    "no codes": ("int4_group", without("weight_packed"), "unknown for qwen3_moe|is missing 1 parameters"),
+    "no codes": ("int4_group", without("weight_packed"), "unknown for qwen3_moe|is missing 1 parameter of"),
     "codes and numbers": (
         "int4_group",
         instead("weight", "F32", np.zeros((ROWS, SIZE), np.float32)),
@@ -281,7 +281,7 @@ HOSTILE: dict[str, tuple[str, Callable[[Tensors], Any], str]] = {
     "an unknown tensor": (
         "int4_group",
         instead("weight_g_idx", "I32", np.zeros(SIZE, np.int32)),
-        "1 tensors that are unknown .*weight_g_idx",
+        "1 tensor unknown for qwen3_moe: .*weight_g_idx",
     ),
     "gptq without zeros": ("gptq", without("qzeros"), "q_proj.qweight, but no .qzeros"),
     "gptq without scales": ("awq", without("scales"), "q_proj.qweight, but no .scales"),

@@ -244,7 +244,8 @@ def with_template(tokenizer: Tokenizer) -> HuggingFaceTokenizer:
     """Return a tokenizer that may have a chat template. Raises TokenizerError: it cannot have one."""
     if isinstance(tokenizer, HuggingFaceTokenizer):
         return tokenizer
+    advice = "Add the model's tokenizer.json to its folder" if tokenizer.kind == "ids" else "Prompt without chat"
     raise TokenizerError(
         f"the tokenizer has no chat template; got a tokenizer of kind {tokenizer.kind}; expected a Hugging Face "
-        "tokenizer that has one. Prompt without chat."
+        f"tokenizer that has one. {advice}."
     )

@@ -163,9 +163,11 @@ def family_of(fields: Fields) -> Family:
         same_numbers = [other for other in known if re.findall(r"\d+", other) == re.findall(r"\d+", name)]
         meant = nearest(name, same_numbers, cutoff=0.87)
         close = nearest_family(fields, {each.name: (each.spec, each.harmless) for each in known.values()})
-        advice = "" if close is None else f" By its fields it is nearest to {close.words}: {ADDING}"
+        what = f": {ADDING}" if name else ". If it is one, set model_type to that."
+        advice = "" if close is None else f" By its fields it is nearest to {close.words}{what}"
+        got = f"is {name!r:.80}{meant}" if name else "is missing"
         raise SpecError(
-            f"model_type is {name!r:.80}{meant}; expected one of the {len(known)} supported ones, which "
+            f"model_type {got}; expected one of the {len(known)} supported ones, which "
             f"`moezoo describe --help` lists ({fields.where}).{advice}"
         )
     return known[name]

@@ -192,7 +192,8 @@ class Fields:
         value = _whole(self._required(name, default))
         most = next((most for word, most in _MOST.items() if word in name), _LARGEST)
         if type(value) is not int or not 0 <= value <= most:
-            raise self.refuse(name, f"an integer from 0 to {most}")
+            bound = "" if type(value) is not int else " of at least 0" if value < 0 else f" of at most {most}"
+            raise self.refuse(name, f"an integer{bound}")
         return value
 
     def count(self, name: str, default: int | None = None) -> int:
@@ -244,7 +245,7 @@ class Fields:
         """Return a list field with one item per layer (`length`), each one of `known` if there are any."""
         value = self._required(name, None if default is None else list(default))
         if type(value) is not list or len(value) != length:
-            raise self.refuse(name, f"a list of {length} items")
+            raise self.refuse(name, f"a list of {length} items, one per layer")
         if known and any(item not in known for item in value):
             raise self.refuse(name, f"each layer to be one of {', '.join(map(str, known))}")
         return list(value)

@@ -3,12 +3,12 @@
 import math
 import re
 from collections import Counter
-from collections.abc import Callable, Container, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any, Literal, NamedTuple
 
-from moezoo.core.errors import CheckpointError
+from moezoo.core.errors import CheckpointError, counted
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.tensors import Fused, Placed, places
 from moezoo.core.parameters import parameter_table
@@ -99,7 +99,7 @@ class Ledger:
 
 def make_ledger(
     family: Family,
-    rules: Iterable[Fused],
+    rules: Sequence[Fused],
     spec: ModelSpec,
     readable: Mapping[str, Readable],
     stored: Mapping[str, tuple[str, str, tuple[int, ...]]],
@@ -126,7 +126,7 @@ def make_ledger(
             continue
         for place, (ours, _, _) in enumerate(placed.parts):
             sources.setdefault(ours, []).append(Source(placed, place, name))
-    _check_cover(shapes, sources, where)
+    _check_cover(shapes, sources, lambda: first_rules(rules, spec), wrap, where)
     entries = _entries(family, readable, stored, holders, copied, where, num_layers)
     gathered = {name: tuple(found) for name, found in sources.items()}
     return Ledger(entries, gathered, holders, tuple(copies))
@@ -179,7 +179,7 @@ def _entries(
     if unknown:
         more = f" and {len(unknown) - 5} more" if len(unknown) > 5 else ""
         raise CheckpointError(
-            f"{where} has {len(unknown)} tensors that are unknown for {family.name}: {'; '.join(unknown[:5])}{more}. "
+            f"{where} has {counted(len(unknown), 'tensor')} unknown for {family.name}: {'; '.join(unknown[:5])}{more}. "
             "No tensor is dropped silently: check that config.json belongs to these files."
         )
     return tuple(entries)
@@ -247,9 +247,15 @@ def stored_dtype(placed: Placed, floats: str) -> str:
     return "I64" if is_table(placed) else floats
 
 
-def _check_cover(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, list[Source]], where: str) -> None:
-    """Raise unless every parameter has exactly one source."""
-    missing = []
+def _check_cover(
+    shapes: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, list[Source]],
+    named: Callable[[], Mapping[str, Placed]],
+    wrap: Callable[[str], str],
+    where: str,
+) -> None:
+    """Raise unless every parameter has exactly one source. `named`: returns tensors that would have them, by name."""
+    missing: dict[str, tuple[int | None, str]] = {}  # an absent expert, and words, by parameter
     for name, shape in shapes.items():
         found = sources.get(name, [])
         experts = Counter(source.placed.parts[source.place][1] for source in found)
@@ -258,18 +264,24 @@ def _check_cover(shapes: Mapping[str, tuple[int, ...]], sources: Mapping[str, li
             names = ", ".join(source.name for source in found[:4])
             raise CheckpointError(f"{where} has {name} more than once: {names}. Use files of one layout.")
         if not found:
-            missing.append(f"{name} {list(shape)}")
+            missing[name] = None, f"{name} {list(shape)}"
         elif None not in experts:
             # One tensor per expert: the rule was placed for each of them, so their number is the size of axis e.
             expected = found[0].placed.expert_count
             if len(experts) != expected:
-                absent = [str(expert) for expert in range(expected) if expert not in experts]
-                missing.append(f"{name} of experts {', '.join(absent[:8])}{' ...' if len(absent) > 8 else ''}")
+                absent = [expert for expert in range(expected) if expert not in experts]
+                shown = ", ".join(map(str, absent[:8])) + (" ..." if absent[8:] else "")
+                missing[name] = absent[0], f"{name} of experts {shown}"
     if missing:
+        theirs = {(ours, expert): wrap(each) for each, rule in named().items() for ours, expert, _ in rule.parts}
+        shown = "; ".join(
+            f"{words} (in {theirs.get((name, expert), theirs.get((name, 0)))})"
+            for name, (expert, words) in list(missing.items())[:5]
+        )
         more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
         raise CheckpointError(
-            f"{where} is missing {len(missing)} parameters of the model in config.json: "
-            f"{'; '.join(missing[:5])}{more}. Fetch all files of the checkpoint."
+            f"{where} is missing {counted(len(missing), 'parameter')} of the model in config.json: {shown}{more}. "
+            "Fetch all files of the checkpoint, or use the config.json that belongs to them."
         )
 
 
