@@ -190,6 +190,9 @@ LATER_PARTS = {
     "channel_decay": later("channel_decay", latent=None),
     "mamba": later("mamba", latent=None),
     "mamba2": later("mamba2", kv_head=None),
+    "accumulation": later("combinations/accumulation", INDEXERS),
+    "zero_computation": later("combinations/zero_computation"),
+    "delta_attention": job("equal_floored", "combinations/delta_attention", MESHES[11], replaced=[SMOOTH]),
 }
 
 
