@@ -61,14 +61,16 @@ links: setup
 
 setup: $(VENV)/installed
 
-# uv where it is on the PATH, else venv and pip; the same pinned versions either way. Python compiles what it imports
-# when it imports it: to do so for everything that is installed takes as long as the rest.
+# uv where it is on the PATH, else venv and pip; the same pinned versions either way. The pip that came with Python may
+# take twice as long as the pinned one. Python compiles what it imports when it imports it: to do so for everything that
+# is installed takes as long as the rest.
 $(VENV)/installed: pyproject.toml constraints.txt
 	@if command -v uv >/dev/null 2>&1; then \
 		uv venv --quiet --allow-existing --python $(PYTHON) $(VENV) && \
 		uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'; \
 	else \
 		$(PYTHON) -m venv $(VENV) && \
+		$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --upgrade pip && \
 		$(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'; \
 	fi
 	@touch $@
