@@ -76,6 +76,7 @@ def pytest_configure(config: pytest.Config) -> None:
 def pytest_collection_finish() -> None:
     """No longer look for cycles among what stays to the end: modules and tests."""
     gc.freeze()
+    gc.set_threshold(200_000, 20, 100)
 
 
 def pytest_runtest_setup() -> None:
