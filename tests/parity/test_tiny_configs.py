@@ -1,10 +1,10 @@
 """Every config under configs/: JAX against MLX against the reference.
 
-Tiny ones are run: forward, losses, gradients, one optimizer step and cached decoding against the reference, then 20
-steps of both backends side by side. Compiling takes JAX 50 times as long as MLX takes to run, so the gate runs those of
-`tests/support/covering.py` on JAX, which together have every feature of the zoo, and every config on MLX; the release
-tests run every config on both. Of larger configs the built names and shapes are compared with the parameter table, and
-of the largest, which no test can build, the table is checked alone.
+Tiny ones are run: forward, losses, gradients, one optimizer step and cached decoding against the reference, then 8
+steps of both backends side by side, and 20 before a release. Compiling takes JAX 50 times as long as MLX takes to run,
+so the gate runs those of `tests/support/covering.py` on JAX, which together have every feature of the zoo, and every
+config on MLX; the release tests run every config on both. Of larger configs the built names and shapes are compared
+with the parameter table, and of the largest, which no test can build, the table is checked alone.
 """
 
 import re
@@ -54,6 +54,7 @@ OTHERS = sorted(set(ROOT.rglob("*.yaml")) - {*TINY, *MESHES, *RELEASED})
 VOCAB_SIZE = 31  # where the config leaves it to a tokenizer
 LARGEST_BUILT = 20_000_000  # parameters; more would take seconds to draw
 B, T, STEPS = 4, 9, 20  # a batch divides into the accumulation steps of every tiny config
+STEPS_IN_THE_GATE = 8  # test_training_oracles.py repeats twenty of transformers' on both backends there
 LEARNING_RATE = 1e-3
 
 
@@ -222,7 +223,7 @@ def _counts(routing) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Steps:
-    """Losses of 20 steps, and per step and MoE layer the load of each expert."""
+    """Losses of steps, and per step and MoE layer the load of each expert."""
 
     losses: list[float]
     load: list[list[np.ndarray]]
@@ -230,11 +231,11 @@ class Steps:
 
 @cache
 def trained(path: Path, backend: str):
-    """A model after its first step, and what the step measured."""
+    """A model after its first step, and what the step measured, to which `steps_of` adds."""
     case = case_of(path)
     model = Twin(backend).backend().build(case.config.model, case.weights)
     model.start_training(case.config.optimizer)
-    return model, _step(model, case, 0)
+    return model, [_step(model, case, 0)]
 
 
 def _step(model, case: Case, number: int):
@@ -249,7 +250,7 @@ def run_of(path: Path, backend: str) -> Run:
     forced = [expert.reshape(B, T, -1).astype(np.int32) for expert, _, _ in case.reference.routing]
     output = model.forward(case.tokens, case.targets, forced=None if case.exact else forced)
     gradients = {} if case.exact else model.loss_and_gradients(case.tokens, case.targets, forced=forced)[1]
-    model, metrics = trained(path, backend)
+    model, (metrics, *_) = trained(path, backend)
     moments = model.export_optimizer()
     if case.exact:
         gradients = _gradients_in(case.config.optimizer, moments, metrics.gradient_norm)
@@ -266,13 +267,12 @@ def run_of(path: Path, backend: str) -> Run:
     )
 
 
-@cache
-def steps_of(path: Path, backend: str) -> Steps:
-    """All steps; after `run_of`, which reads what the first one leaves behind."""
+def steps_of(path: Path, backend: str, count: int) -> Steps:
+    """So many steps; after `run_of`, which reads what the first one leaves behind."""
     run_of(path, backend)
-    case, (model, first) = case_of(path), trained(path, backend)
-    metrics = [first, *(_step(model, case, number) for number in range(1, STEPS))]
-    return Steps([step.losses["loss"] for step in metrics], [step.load for step in metrics])
+    case, (model, metrics) = case_of(path), trained(path, backend)
+    metrics.extend(_step(model, case, number) for number in range(len(metrics), count))
+    return Steps([step.losses["loss"] for step in metrics[:count]], [step.load for step in metrics[:count]])
 
 
 def _gradients_in(optimizer, moments, norm):
@@ -421,11 +421,12 @@ def test_gradients_match_each_other(path):
 
 
 @pytest.mark.slow
-def test_twenty_steps_give_the_same_losses_on_both_backends(path):
-    jax, mlx = steps_of(path, "jax"), steps_of(path, "mlx")
-    assert len(jax.losses) == STEPS
+@pytest.mark.parametrize("steps", [STEPS_IN_THE_GATE, pytest.param(STEPS, marks=pytest.mark.release)])
+def test_steps_give_the_same_losses_on_both_backends(path, steps):
+    jax, mlx = steps_of(path, "jax", steps), steps_of(path, "mlx", steps)
+    assert len(jax.losses) == steps
     tolerance = FLOAT32_TRAINING if case_of(path).exact else BFLOAT16_TRAINING
-    for step in range(STEPS):
+    for step in range(steps):
         assert_close(jax.losses[step], mlx.losses[step], tolerance, f"loss of step {step}")
         for one, other in zip(jax.load[step], mlx.load[step], strict=True):
             assert one.sum() == other.sum()
