@@ -97,7 +97,7 @@ def test_equal_biases_keep_the_last_keys(twin):
     spec = SPEC.model_copy(update={"dynamic_mask": None, "window": KEEP})
     expected = grouped_query_attention(spec, plain, X_BTD).out_BTD
     assert_close(out()(still, X_BTD), expected, FLOAT32)
-    layer = twin.module("attention").GroupedQueryAttention(SPEC, twin.weights(still), 0)
+    layer = twin.compiled(twin.module("attention").GroupedQueryAttention(SPEC, twin.weights(still), 0))
     assert_close(twin.numpy(layer(twin.array(X_BTD)).out_BTD), expected, FLOAT32)
 
 
@@ -131,5 +131,5 @@ def test_documents_keep_keys_of_their_own(twin):
 
 def test_chunks_of_queries_keep_what_the_whole_keeps(twin, monkeypatch):
     monkeypatch.setattr(twin.module("attention"), "chunk_length", lambda length: 5)
-    found = layer_of(twin)(twin.array(X_BTD)).out_BTD
+    found = twin.compiled(layer_of(twin))(twin.array(X_BTD)).out_BTD
     assert_close(twin.numpy(found), out()(VALUES, X_BTD), FLOAT32)
