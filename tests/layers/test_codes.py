@@ -13,7 +13,7 @@ from tests.support.tolerances import FLOAT32, FLOAT32_GRADIENT, assert_close
 from tests.support.twins import Twin, normal
 
 KINDS = [(format, dtype) for format in FORMATS for dtype in (np.float32, ml_dtypes.bfloat16)]
-KINDS = [(format, dtype) for format, dtype in KINDS if format.mode == "affine" or dtype == np.float32]
+KINDS = [(format, dtype) for format, dtype in KINDS if format.mode in ("affine", "signed") or dtype == np.float32]
 AFFINE = QuantizationFormat("affine", 4, 32)
 
 

@@ -126,11 +126,15 @@ def _product(x: mx.array, w: QuantizedArray, shared: list[int], *, transposed: b
     x = _input(x)
     if is_x86_cpu() and transposed and len(shared) < 2 and math.prod(w.shape) > FEW_NUMBERS:
         return x86.dense_product(x, w)
-    if has_kernel(w, x.dtype):
+    signed = w.format.mode == "signed" and w.row_size % w.format.group_size == 0
+    if signed or has_kernel(w, x.dtype):
         codes, scales = (array.reshape(*shared, -1, array.shape[-1]) for array in (w.codes, w.scales))
-        biases = None if w.biases is None else w.biases.reshape(scales.shape)
-        form = w.format
-        return mx.quantized_matmul(x, codes, scales, biases, transposed, form.group_size, form.bits, form.mode)
+        biases, form = None if w.biases is None else w.biases.reshape(scales.shape), w.format
+        if signed:  # MLX's kernels do not round numbers, which makes an affine one with this bias the same
+            scales = scales if scales.dtype == x.dtype else scales.astype(mx.float32)
+            biases = scales * -(2.0 ** (form.bits - 1))
+        mode = "affine" if signed else form.mode
+        return mx.quantized_matmul(x, codes, scales, biases, transposed, form.group_size, form.bits, mode)
 
     def decoded() -> mx.array:
         matrix = _rows(w, slice(None)).astype(x.dtype).reshape(*shared, -1, w.row_size)
