@@ -57,11 +57,14 @@ class MergedStreams(nnx.Module):
 
     def __init__(self, spec: HyperConnectionsSpec, weights: Weights):
         self.spec = spec
-        self.w_read, self.b_read = weights.parameter("w_read"), weights.parameter("b_read")
-        self.read_scale = weights.parameter("read_scale")
+        if spec.final_read == "weighted":
+            self.w_read, self.b_read = weights.parameter("w_read"), weights.parameter("b_read")
+            self.read_scale = weights.parameter("read_scale")
 
     def __call__(self, x_BTJD: jax.Array) -> jax.Array:
         x = x_BTJD.astype(jnp.float32)
+        if self.spec.final_read == "mean":
+            return jnp.mean(x, axis=2).astype(x_BTJD.dtype)
         (read_BTJ,) = _logits(x, self.spec.norm_epsilon, [(self.w_read, self.read_scale, self.b_read)])
         return _read(read_BTJ, x, self.spec.epsilon).astype(x_BTJD.dtype)
 

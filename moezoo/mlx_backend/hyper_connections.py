@@ -58,11 +58,14 @@ class MergedStreams(nn.Module):
     def __init__(self, spec: HyperConnectionsSpec, weights: Weights):
         super().__init__()
         self.spec = spec
-        self.w_read, self.b_read = weights.parameter("w_read"), weights.parameter("b_read")
-        self.read_scale = weights.parameter("read_scale")
+        if spec.final_read == "weighted":
+            self.w_read, self.b_read = weights.parameter("w_read"), weights.parameter("b_read")
+            self.read_scale = weights.parameter("read_scale")
 
     def __call__(self, x_BTJD: mx.array) -> mx.array:
         x = x_BTJD.astype(mx.float32)
+        if self.spec.final_read == "mean":
+            return mx.mean(x, axis=2).astype(x_BTJD.dtype)
         (read_BTJ,) = _logits(x, self.spec.norm_epsilon, [(self.w_read, self.read_scale, self.b_read)])
         return _read(read_BTJ, x, self.spec.epsilon).astype(x_BTJD.dtype)
 

@@ -79,6 +79,14 @@ def test_the_last_step_matches_the_reference(twin):
     assert_layer_matches(twin, layer, lambda layer, x: layer(x), expected, own, X_BTJD)
 
 
+def test_the_last_step_may_be_the_mean(twin):
+    averaged = MIXED.model_copy(update={"final_read": "mean"})
+    layer = twin.module("hyper_connections").MergedStreams(averaged, twin.weights({}))
+    expected = lambda values, x: merge_streams(averaged, values, x)  # noqa: E731
+    assert_layer_matches(twin, layer, lambda layer, x: layer(x), expected, {}, X_BTJD)
+    np.testing.assert_allclose(merge_streams(averaged, {}, X_BTJD), X_BTJD.mean(2))
+
+
 def test_reference_gradient_agrees_with_finite_differences():
     names = ("b_read", "write_scale", "b_mix", "mix_scale")
     assert_reference_gradient(

@@ -9,4 +9,4 @@ from pathlib import Path
 
 TINY = sorted((Path(__file__).parents[2] / "configs" / "tiny").glob("*.yaml"))
 COMBINATIONS = sorted((Path(__file__).parents[1] / "data" / "combinations").glob("*.yaml"))
-COVERING = [*COMBINATIONS, *(path for path in TINY if path.stem == "bfloat16_router")]
+COVERING = [*COMBINATIONS, *(path for path in TINY if path.stem in ("bfloat16_router", "separate_streams"))]

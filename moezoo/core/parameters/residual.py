@@ -40,7 +40,7 @@ def first_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
 
 def final_residual_rows(rows: Rows, name: str) -> Iterator[Parameter]:
     """Yield the rows of the last step, from the residual streams to the final norm."""
-    if isinstance(rows.spec.residual, HyperConnectionsSpec):
+    if isinstance(rows.spec.residual, HyperConnectionsSpec) and rows.spec.residual.final_read == "weighted":
         yield from _weights(rows, name, "read", rows.spec.residual.num_streams)
     if isinstance(rows.spec.residual, GatedStreamsSpec):
         yield from _gated(rows, name, rows.spec.residual)

@@ -64,7 +64,12 @@ def write_streams(x_BTJD: Array, connection: Connection, out_BTD: Array) -> Arra
 
 
 def merge_streams(spec: HyperConnectionsSpec, parameters: Parameters, x_BTJD: Array) -> Array:
-    """Return the input of the final norm: the input that a block would read, [B, T, D]."""
+    """Return the input of the final norm: the input that a block would read, or the mean of the streams: [B, T, D].
+
+    Source: the models of `read_streams`; the mean: Z.ai 2026 (GLM-5.3), transformers 5.23, `Glm5NextTextHyperHead`.
+    """
+    if spec.final_read == "mean":
+        return np.mean(x_BTJD, axis=2)
     y_BTJD = rms_norm(x_BTJD, None, spec.norm_epsilon, axes=2)
     return np.einsum("BTJ,BTJD->BTD", _sigmoid(parameters, "read", y_BTJD) + spec.epsilon, x_BTJD)
 

@@ -105,7 +105,8 @@ def _residual(spec: ResidualSpec) -> str:
         case ScaledResidualSpec(terms=terms):
             return "scaled residual" if terms == "both" else "scaled residual stream"
         case HyperConnectionsSpec(num_streams=streams, sinkhorn_iterations=iterations):
-            return f"{streams} residual streams, {'separate' if iterations is None else 'mixed'}"
+            merged = ", averaged at the end" if spec.final_read == "mean" else ""
+            return f"{streams} residual streams, {'separate' if iterations is None else 'mixed'}{merged}"
         case GatedStreamsSpec(num_streams=streams, rank=rank):
             return f"{streams} residual streams, gated at rank {rank}"
         case BlockAttentionResidualSpec(layers_per_block=layers):

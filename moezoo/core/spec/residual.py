@@ -44,13 +44,15 @@ class HyperConnectionsSpec(Part):
     `sigmoid + epsilon` and writes with `magnitude * sigmoid + write_epsilon`. When it writes, the streams are mixed by
     a nearly doubly stochastic matrix, made in `sinkhorn_iterations`; null: they are not mixed. `norm_epsilon`: of the
     norm of all streams that the weights are computed from. At first all weights but those of mixing are those of a
-    plain sum. Source: Xie et al. 2025, arXiv 2512.24880 (mHC; DeepSeek-V4), after Zhu et al. 2024, arXiv 2409.19606
-    (hyper-connections); without mixing Tencent 2026 (HY-V4; transformers 5.23).
+    plain sum. The final norm reads the streams as a block does, or with `final_read: mean` their mean (GLM-5.3).
+    Source: Xie et al. 2025, arXiv 2512.24880 (mHC; DeepSeek-V4), after Zhu et al. 2024, arXiv 2409.19606 (hyper-
+    connections); without mixing Tencent 2026 (HY-V4; transformers 5.23).
     """
 
     kind: Literal["hyper_connections"] = "hyper_connections"
     num_streams: PositiveInt = 4
     sinkhorn_iterations: PositiveInt | None = 20
+    final_read: Literal["weighted", "mean"] = "weighted"
     magnitude: PositiveFloat = 2.0
     epsilon: NonNegativeFloat = 1e-6
     write_epsilon: NonNegativeFloat = 0.0

@@ -290,6 +290,10 @@ def test_moe_layer(router, moe, words):
         ({"norm": {"scale": "zero_centred"}, "dropout": 0.1}, "zero-centred RMS norm, dropout 10%"),
         ({"residual": {"kind": "depth_scaled"}}, "depth-scaled residual"),
         ({"residual": {"kind": "hyper_connections"}}, "4 residual streams, mixed"),
+        (
+            {"residual": {"kind": "hyper_connections", "final_read": "mean"}},
+            "4 residual streams, mixed, averaged at the end",
+        ),
         ({"residual": {"kind": "gated_streams", "rank": 5}}, "4 residual streams, gated at rank 5"),
         ({"norm": {"kind": "layer", "bias": False}, "softcap": 30}, "layer norm without bias, softcap 30.0"),
         (
