@@ -29,7 +29,8 @@ class LatentAttention(nnx.Module):
         if spec.query_gate:
             self.w_query_gate = weights.parameter("w_query_gate")
         self.w_latent = weights.parameter("w_latent")
-        self.w_rope_key = weights.parameter("w_rope_key")
+        if spec.rope_head_dim:
+            self.w_rope_key = weights.parameter("w_rope_key")
         self.latent_norm = norm(spec.norm, weights.inside("latent_norm"))
         if spec.rope_key_norm:
             self.rope_key_norm = norm(spec.norm, weights.inside("rope_key_norm"))
@@ -44,7 +45,8 @@ class LatentAttention(nnx.Module):
             if spec.query_latent_dim is not None:
                 self.b_query_down = weights.parameter("b_query_down")
             self.b_latent = weights.parameter("b_latent")
-            self.b_rope_key = weights.parameter("b_rope_key")
+            if spec.rope_head_dim:
+                self.b_rope_key = weights.parameter("b_rope_key")
             self.b_output = weights.parameter("b_output")
         if spec.indexer is not None:
             self.indexer = Indexer(spec.indexer, spec.position, spec.rope_head_dim, weights.inside("indexer"))
@@ -158,10 +160,12 @@ class LatentAttention(nnx.Module):
         query = projection.einsum("BTZ,ZNH->BTNH", seen_BTZ, self.w_query[...].astype(dtype))
         query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
         latent = projection.einsum("BTD,DZ->BTZ", x_BTD, self.w_latent[...].astype(dtype))
-        rope_key = projection.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key[...].astype(dtype))
-        if spec.bias:
-            latent = latent + self.b_latent[...].astype(dtype)
-            rope_key = rope_key + self.b_rope_key[...].astype(dtype)
+        latent = latent + self.b_latent[...].astype(dtype) if spec.bias else latent
+        if spec.rope_head_dim:
+            rope_key = projection.einsum("BTD,DH->BTH", x_BTD, self.w_rope_key[...].astype(dtype))
+            rope_key = rope_key + self.b_rope_key[...].astype(dtype) if spec.bias else rope_key
+        else:
+            rope_key = jnp.zeros((*x_BTD.shape[:2], 0), dtype)
         rope_key = self.rope_key_norm(rope_key) if spec.rope_key_norm else rope_key
         latent, rope_key = self.latent_norm(latent), rope_key[:, :, None]
         if spec.latent_multiplier != 1:

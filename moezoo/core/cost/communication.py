@@ -220,7 +220,7 @@ def _tensor_reductions(step: ShardedStep) -> Iterator[Collective]:
         yield _collective(step, "all-reduce", axes, f"partial sums of blocks, {direction}", size)
     for layer in step.config.model.all_layers:
         moe, attention = layer.moe, layer.attention
-        if isinstance(attention, LatentAttentionSpec) and "head" in step.tensor_shards:
+        if isinstance(attention, LatentAttentionSpec) and attention.rope_head_dim and "head" in step.tensor_shards:
             size = step.message_bytes * step.tokens * attention.rope_head_dim
             yield _collective(step, "all-reduce", axes, "partial sums of blocks, backward", size)
         if moe is not None:

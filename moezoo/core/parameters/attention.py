@@ -157,10 +157,12 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
     if spec.query_gate:
         yield rows.matrix(f"{name}.w_query_gate", (source, n, v), (axis, "head", "head_dim"), "attention")
     yield rows.matrix(f"{name}.w_latent", (d, z), ("embed", "latent"), "attention")
-    yield rows.matrix(f"{name}.w_rope_key", (d, o), ("embed", "head_dim"), "attention")
+    if o:
+        yield rows.matrix(f"{name}.w_rope_key", (d, o), ("embed", "head_dim"), "attention")
     if spec.bias:
         yield rows.vector(f"{name}.b_latent", (z,), ("latent",), "attention")
-        yield rows.vector(f"{name}.b_rope_key", (o,), ("head_dim",), "attention")
+        if o:
+            yield rows.vector(f"{name}.b_rope_key", (o,), ("head_dim",), "attention")
     yield from rows.norm(f"{name}.latent_norm", spec.norm, (z,), ("latent",))
     if spec.rope_key_norm:
         yield from rows.norm(f"{name}.rope_key_norm", spec.norm, (o,), ("head_dim",))

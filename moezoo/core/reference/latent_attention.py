@@ -121,9 +121,12 @@ def _projected(
     query = adapter.einsum("BTZ,ZNH->BTNH", seen_BTZ, parameters["w_query"])
     query, rope_query = query[..., : spec.head_dim], query[..., spec.head_dim :]
     latent = adapter.einsum("BTD,DZ->BTZ", x_BTD, parameters["w_latent"])
-    rope_key = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])
-    if spec.bias:
-        latent, rope_key = latent + parameters["b_latent"], rope_key + parameters["b_rope_key"]
+    latent = latent + parameters["b_latent"] if spec.bias else latent
+    if spec.rope_head_dim:
+        rope_key = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_rope_key"])
+        rope_key = rope_key + parameters["b_rope_key"] if spec.bias else rope_key
+    else:
+        rope_key = np.zeros((*x_BTD.shape[:2], 0))
     latent = spec.latent_multiplier * normalize(spec.norm, inside(parameters, "latent_norm"), latent)
     if spec.rope_key_norm:
         rope_key = normalize(spec.norm, inside(parameters, "rope_key_norm"), rope_key)

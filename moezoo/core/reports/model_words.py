@@ -128,7 +128,8 @@ def attention_in_words(spec: AttentionSpec) -> str:
             parts = _grouped_query(spec)
         case LatentAttentionSpec():
             query = "" if spec.query_latent_dim is None else f", query latent {spec.query_latent_dim}"
-            heads = f"{spec.num_heads} heads of {spec.head_dim} + {spec.rope_head_dim}, values of {spec.value_head_dim}"
+            rotated = f" + {spec.rope_head_dim}" if spec.rope_head_dim else ""
+            heads = f"{spec.num_heads} heads of {spec.head_dim}{rotated}, values of {spec.value_head_dim}"
             parts = [f"{heads}, latent {spec.latent_dim}{query}", _position(spec.position)]
             if spec.indexer is not None:
                 parts.append(f"indexer top {spec.indexer.top_k}")

@@ -9,7 +9,7 @@ from moezoo.core.spec.compressed_attention import CompressedAttentionSpec
 from moezoo.core.spec.convolution import ResidualConvolutionSpec
 from moezoo.core.spec.indexer import BlockIndexerSpec, DynamicMaskSpec, IndexerSpec
 from moezoo.core.spec.norms import NormSpec, RMSNormSpec
-from moezoo.core.spec.positions import PositionSpec, RelativePositionSpec, RoPESpec
+from moezoo.core.spec.positions import NoPositionSpec, PositionSpec, RelativePositionSpec, RoPESpec
 from moezoo.core.spec.state_space import LightningAttentionSpec, Mamba2Spec, MambaSpec
 
 
@@ -229,25 +229,25 @@ class LatentAttentionSpec(Part):
 
     Keys and values of all heads are projected from one latent of width Z per token; the cache holds only this latent
     and one rotated key. `query_latent_dim`: width of the low-rank query projection; null for a full-rank one. Each
-    head's query and key have `head_dim` features without position and `rope_head_dim` rotated ones; its value has
-    `value_head_dim`. `bias`: the projections from and to the model width have a bias, except `w_query`
-    (`attention_bias` of DeepSeek-V3). `latent_multiplier` is a constant on the normalized latent (LongCat-Flash); a
-    constant on queries is part of `scale`, which multiplies the scores; null is `1 / sqrt(head_dim + rope_head_dim)`,
-    and YaRN's mscale multiplies either. `rope_key_norm`: the shared key is normalized before its rotation. `window`:
-    sliding window, each query attends to the last `window` tokens, itself included. `gate`: each head's output is
-    multiplied by the sigmoid of a projection of the layer's input (these three: dots3-note, transformers), or each of
-    its features is (`elementwise`; HY-V4). `sinks`: each head has a logit that takes part of its attention, as in
-    `grouped_query` (HY-V4). With an `indexer` a query attends only to the tokens that it chooses; with
-    `indexer_of_layer`, to those that the indexer of that earlier layer chose (index from 0, repeats expanded), and this
-    layer has none (GLM-5.2; arXiv 2603.12201). With `raw_query_latent` queries are projected from their latent twice
-    over, normalized and as it is; with `query_gate` the heads' output is multiplied by the sigmoid of another
+    head's query and key have `head_dim` features without position and `rope_head_dim` rotated ones, 0 with position
+    `none` (GLM-5.3); its value has `value_head_dim`. `bias`: the projections from and to the model width have a bias,
+    except `w_query` (`attention_bias` of DeepSeek-V3). `latent_multiplier` is a constant on the normalized latent
+    (LongCat-Flash); a constant on queries is part of `scale`, which multiplies the scores; null is `1 / sqrt(head_dim +
+    rope_head_dim)`, and YaRN's mscale multiplies either. `rope_key_norm`: the shared key is normalized before its
+    rotation. `window`: sliding window, each query attends to the last `window` tokens, itself included. `gate`: each
+    head's output is multiplied by the sigmoid of a projection of the layer's input (these three: dots3-note,
+    transformers), or each of its features is (`elementwise`; HY-V4). `sinks`: each head has a logit that takes part of
+    its attention, as in `grouped_query` (HY-V4). With an `indexer` a query attends only to the tokens that it chooses;
+    with `indexer_of_layer`, to those that the indexer of that earlier layer chose (index from 0, repeats expanded), and
+    this layer has none (GLM-5.2; arXiv 2603.12201). With `raw_query_latent` queries are projected from their latent
+    twice over, normalized and as it is; with `query_gate` the heads' output is multiplied by the sigmoid of another
     projection of what queries are projected from, per feature (both: A.X-K2).
     """
 
     kind: Literal["latent"] = "latent"
     num_heads: PositiveInt
     head_dim: PositiveInt
-    rope_head_dim: PositiveInt
+    rope_head_dim: NonNegativeInt
     value_head_dim: PositiveInt
     latent_dim: PositiveInt
     query_latent_dim: PositiveInt | None = None
@@ -278,6 +278,8 @@ class LatentAttentionSpec(Part):
             raise impossible(
                 "window", f"is {self.window}, but an indexer selects the positions", "Set only one of them"
             )
+        if self.rope_head_dim == 0:
+            self._check_without_rotation()
         if isinstance(self.position, RoPESpec):
             self.position.check(self.rope_head_dim, "rope_head_dim")
             if self.indexer is not None and self.indexer.head_dim < self.rope_head_dim:
@@ -297,6 +299,20 @@ class LatentAttentionSpec(Part):
                 "raw_query_latent", "is true, but query_latent_dim is null", "Set query_latent_dim, or remove it"
             )
         return self
+
+    def _check_without_rotation(self) -> None:
+        if not isinstance(self.position, NoPositionSpec):
+            raise impossible(
+                "position",
+                f"is {self.position.kind}, but rope_head_dim is 0, so that no feature has a position",
+                "Use position: {kind: none}, or a larger rope_head_dim",
+            )
+        if self.rope_key_norm:
+            raise impossible(
+                "rope_key_norm",
+                "is true, but rope_head_dim is 0, so that there is no such key",
+                "Remove one of the two",
+            )
 
 
 class GatedDeltaAttentionSpec(Part):

@@ -331,6 +331,16 @@ CASES = {
         "model.layers[1].attention.keys_of_layer is 0, which has 2 key/value heads of widths 6 and 5, not 2 of "
         "widths 6 and 6 (x.yaml). Make them equal, or use another layer.",
     ),
+    "RoPE of no features": (
+        model(layer(LATENT | {"rope_head_dim": 0})),
+        f"{ATTENTION}.position is rope, but rope_head_dim is 0, so that no feature has a position (x.yaml). Use "
+        "position: {kind: none}, or a larger rope_head_dim.",
+    ),
+    "norm of a rotated key without features": (
+        model(layer(LATENT | {"rope_head_dim": 0, "position": {"kind": "none"}, "rope_key_norm": True})),
+        f"{ATTENTION}.rope_key_norm is true, but rope_head_dim is 0, so that there is no such key (x.yaml). Remove one "
+        "of the two.",
+    ),
     "queries of the raw latent without a latent": (
         model(layer(LATENT | {"raw_query_latent": True})),
         f"{ATTENTION}.raw_query_latent is true, but query_latent_dim is null (x.yaml). Set query_latent_dim, or remove "
