@@ -286,7 +286,7 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                     RollingCache(key, jnp.zeros((batch, kept, 1, latent_dim), dtype), jnp.zeros((), jnp.int32))
                 )
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
-                index_key = None if indexer is None else jnp.zeros((batch, size, indexer.head_dim), dtype)
+                index_key = None if indexer is None else jnp.zeros((batch, size, indexer.cached_dim), dtype)
                 latent = jnp.zeros((batch, size, latent_dim), dtype)
                 key = jnp.zeros((batch, size, rope_head_dim), dtype)
                 caches.append(LatentCache(latent, key, index_key, jnp.zeros((), jnp.int32)))

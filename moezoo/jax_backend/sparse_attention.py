@@ -26,10 +26,13 @@ class Indexer(nnx.Module):
         self.w_key = weights.parameter("w_key")
         self.key_norm = norm(spec.key_norm, weights.inside("key_norm"))
         self.w_weight = weights.parameter("w_weight")
+        if spec.pool_size is not None:
+            self.w_gate, self.position_bias = weights.parameter("w_gate"), weights.parameter("position_bias")
 
     def __call__(
         self, x_BTD: jax.Array, source_BTZ: jax.Array, position_T: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """Return queries, each token's own key, or if keys are pooled that and its gates, and weights of heads."""
         spec, dtype = self.spec, x_BTD.dtype
         x_BTD, source_BTZ = lax.stop_gradient(x_BTD), lax.stop_gradient(source_BTZ)
         query_BTNH = projection.einsum("BTZ,ZNH->BTNH", source_BTZ, self.w_query[...].astype(dtype))
@@ -46,7 +49,74 @@ class Indexer(nnx.Module):
                 pass
             case _:
                 assert_never(self.position)
+        if spec.pool_size is not None:
+            gate_BTH = projection.einsum("BTD,DH->BTH", x_BTD, self.w_gate[...].astype(dtype))
+            key_BTH = jnp.concatenate([key_BTH, gate_BTH], axis=-1)
         return query_BTNH, key_BTH, weight_BTN
+
+    def choose(
+        self,
+        drawn: tuple[jax.Array, jax.Array, jax.Array],
+        position_T: jax.Array,
+        position_S: jax.Array,
+        mask_TS: jax.Array,
+        documents: Documents | None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Return the index, and which of the unmasked tokens these queries choose; `drawn`: as of `__call__`."""
+        query_BTNH, key_BSH, weight_BTN = drawn
+        if self.spec.pool_size is None:
+            index_BTS = index(query_BTNH, key_BSH, weight_BTN)
+            return index_BTS, choose_sources(index_BTS, mask_TS, self.spec.top_k)
+        key_BSH, gate_BSH = jnp.split(key_BSH, 2, axis=-1)
+        key_BSH = pool_keys(key_BSH, gate_BSH, self.position_bias[...], documents)
+        index_BTS = index(query_BTNH, key_BSH, weight_BTN)
+        return index_BTS, choose_pools(self.spec, index_BTS, position_T, position_S, mask_TS)
+
+    def loss(
+        self,
+        index_BTS: jax.Array,
+        distribution_BTS: jax.Array,
+        chosen_BTS: jax.Array,
+        position_S: jax.Array,
+        documents: Documents | None,
+    ) -> jax.Array:
+        """Return the loss of the index, of tokens or of pools."""
+        if self.spec.pool_size is not None:
+            distribution_BTS, chosen_BTS = pool_distribution(self.spec, distribution_BTS, chosen_BTS, position_S)
+        return index_loss(index_BTS, distribution_BTS, chosen_BTS, documents)
+
+
+def pool_keys(
+    key_BSH: jax.Array, gate_BSH: jax.Array, bias_SH: jax.Array, documents: Documents | None = None
+) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.pool_keys; in float32, cast back."""
+    before = jnp.zeros((len(key_BSH), len(bias_SH) - 1, key_BSH.shape[-1]), jnp.float32)
+    keys, gates = (causal_windows(x.astype(jnp.float32), before, documents) for x in (key_BSH, gate_BSH))
+    logits = [gate + bias for gate, bias in zip(gates, bias_SH.astype(jnp.float32), strict=True)]
+    pooled_BSH = jnp.sum(jax.nn.softmax(jnp.stack(logits), axis=0) * jnp.stack(keys), axis=0)
+    return pooled_BSH.astype(key_BSH.dtype)
+
+
+def choose_pools(
+    spec: IndexerSpec, index_BTS: jax.Array, position_T: jax.Array, position_S: jax.Array, mask_TS: jax.Array
+) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.choose_pools."""
+    assert spec.pool_size is not None
+    return choose_complete(index_BTS, spec.pool_size, spec.top_k // spec.pool_size, position_T, position_S, mask_TS)
+
+
+def pool_distribution(
+    spec: IndexerSpec, distribution_BTS: jax.Array, chosen_BTS: jax.Array, position_S: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Spec: moezoo.core.reference.sparse_attention.pool_distribution."""
+    assert spec.pool_size is not None
+    end_BTS = chosen_BTS & (position_S % spec.pool_size == spec.pool_size - 1)[..., None, :]
+    alone_BTS = ~jnp.any(end_BTS, axis=-1, keepdims=True) & (jnp.arange(position_S.shape[-1]) == 0)
+    distribution_BST = jnp.swapaxes(distribution_BTS, 1, 2)
+    before = jnp.zeros((len(distribution_BST), spec.pool_size - 1, distribution_BST.shape[-1]), jnp.float32)
+    mass_BST = sum(causal_windows(distribution_BST, before), jnp.float32(0))
+    mass_BTS = jnp.where(alone_BTS, 1.0, jnp.where(end_BTS, jnp.swapaxes(mass_BST, 1, 2), 0.0))
+    return mass_BTS / jnp.maximum(jnp.sum(mass_BTS, axis=-1, keepdims=True), 1e-30), end_BTS | alone_BTS
 
 
 class BlockIndexer(nnx.Module):
@@ -111,13 +181,20 @@ def choose_blocks(
     position_S: jax.Array,
     mask_TS: jax.Array,
 ) -> jax.Array:
-    """Spec: moezoo.core.reference.sparse_attention.choose_blocks; padding, at negative positions, sees all of it."""
+    """Spec: moezoo.core.reference.sparse_attention.choose_blocks."""
     if spec.pooled == "scores":
         return choose_highest_blocks(spec, query_BTNH, key_BSH, position_T, position_S, mask_TS)
-    size = spec.block_size
     weight_BTN = jnp.full(query_BTNH.shape[:3], 1 / math.sqrt(spec.head_dim), jnp.float32)
+    index_BTS = index(query_BTNH, key_BSH, weight_BTN)
+    return choose_complete(index_BTS, spec.block_size, spec.top_k, position_T, position_S, mask_TS)
+
+
+def choose_complete(
+    index_BTS: jax.Array, size: int, number: int, position_T: jax.Array, position_S: jax.Array, mask_TS: jax.Array
+) -> jax.Array:
+    """Spec: moezoo.core.reference.sparse_attention.choose_complete; padding, at negative positions, sees all of it."""
     ends_TS = mask_TS & (position_S % size == size - 1)[..., None, :]
-    chosen_BTS = choose_sources(index(query_BTNH, key_BSH, weight_BTN), ends_TS, spec.top_k)
+    chosen_BTS = choose_sources(index_BTS, ends_TS, number)
     places = jnp.arange(position_S.shape[-1])
     end = jnp.minimum(places + size - 1 - position_S % size, places[-1])[..., None, :]
     chosen_BTS = jnp.take_along_axis(chosen_BTS, jnp.broadcast_to(end, chosen_BTS.shape), axis=-1)

@@ -283,7 +283,7 @@ def empty_cache(spec: ModelSpec, batch: int, size: int) -> list[Cache]:
                 key = mx.zeros((batch, kept, 1, rope_head_dim), dtype)
                 caches.append(RollingCache(key, mx.zeros((batch, kept, 1, latent_dim), dtype), 0))
             case LatentAttentionSpec(latent_dim=latent_dim, rope_head_dim=rope_head_dim, indexer=indexer):
-                index_key = None if indexer is None else mx.zeros((batch, size, indexer.head_dim), dtype)
+                index_key = None if indexer is None else mx.zeros((batch, size, indexer.cached_dim), dtype)
                 latent = mx.zeros((batch, size, latent_dim), dtype)
                 key = mx.zeros((batch, size, rope_head_dim), dtype)
                 caches.append(LatentCache(latent, key, index_key, 0))

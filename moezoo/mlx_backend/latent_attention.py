@@ -13,7 +13,7 @@ from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import Attended, LatentCache, RollingCache
 from moezoo.mlx_backend.normalization import norm
 from moezoo.mlx_backend.positions import Documents, positions, rotate, same_side, temperature, within_documents
-from moezoo.mlx_backend.sparse_attention import Indexer, attend_where, choose_sources, index, index_loss
+from moezoo.mlx_backend.sparse_attention import Indexer, attend_where
 
 
 class LatentAttention(nn.Module):
@@ -91,10 +91,11 @@ class LatentAttention(nn.Module):
             assert index_query is not None
             assert index_key is not None
             assert index_weight is not None
-            index_BTS = index(index_query, index_key, index_weight)
-            chosen_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
+            position_S, drawn = positions(key.shape[1], 0, first_B, documents), (index_query, index_key, index_weight)
+            index_BTS, chosen_BTS = self.indexer.choose(drawn, position_T, position_S, mask_TS, documents)
             attended, distribution_BTS = attend_where(grouped, key, value, chosen_BTS, scale, sink_N)
-            loss = index_loss(index_BTS, distribution_BTS, chosen_BTS, documents) if cache is None else None
+            if cache is None:
+                loss = self.indexer.loss(index_BTS, distribution_BTS, chosen_BTS, position_S, documents)
         elif chosen_BTS is not None:
             attended, _ = attend_where(grouped, key, value, chosen_BTS, scale, sink_N)
         elif cache is None:

@@ -55,6 +55,13 @@ SPECS = {
         query_latent_dim=QUERY, bias=True, raw_query_latent=True, query_gate=True, indexer=INDEXER
     ),
     "indexer": spec_of(query_latent_dim=QUERY, indexer=INDEXER),
+    "indexer of pools": spec_of(
+        0,
+        position=NoPositionSpec(),
+        query_latent_dim=QUERY,
+        indexer=INDEXER.model_copy(update={"top_k": 4, "pool_size": 2}),
+    ),
+    "indexer of rotated pools": spec_of(indexer=INDEXER.model_copy(update={"pool_size": 3})),
     "indexer of the input": spec_of(
         position=NoPositionSpec(), indexer=INDEXER.model_copy(update={"key_norm": RMSNormSpec(scale="none")})
     ),
@@ -98,6 +105,8 @@ def values_of(spec: LatentAttentionSpec) -> dict[str, np.ndarray]:
             "indexer.w_key": (D, head_dim),
             "indexer.w_weight": (D, heads),
         }
+        if spec.indexer.pool_size is not None:
+            shapes |= {"indexer.w_gate": (D, head_dim), "indexer.position_bias": (spec.indexer.pool_size, head_dim)}
         if isinstance(spec.indexer.key_norm, LayerNormSpec):
             shapes |= {"indexer.key_norm.scale": (head_dim,), "indexer.key_norm.bias": (head_dim,)}
     return {name: 0.3 * normal(seed, *shape) for seed, (name, shape) in enumerate(shapes.items(), 1) if 0 not in shape}
@@ -149,7 +158,7 @@ def test_absorbed_form_equals_the_expanded_one(kind):
     "kind",
     [
         *("latent", "no position", "no rotated features in a window", "window", "gate and norm of the rotated key"),
-        *("indexer", "raw latent of queries"),
+        *("indexer", "indexer of pools", "indexer of rotated pools", "raw latent of queries"),
     ],
 )
 def test_cached_chunks_equal_the_uncached_pass(twin, kind, first):
@@ -166,12 +175,12 @@ def test_cached_chunks_equal_the_uncached_pass(twin, kind, first):
     assert attended.index_loss is None
 
 
-@pytest.mark.parametrize("kind", ["latent", "indexer"])
+@pytest.mark.parametrize("kind", ["latent", "indexer", "no rotated features", "indexer of pools"])
 def test_cache_stores_one_latent_and_one_key_per_token_for_any_number_of_heads(twin, kind):
     spec = SPECS[kind]
     cache = cache_of(twin, spec)
     sizes = [math.prod(part.shape) / (B * (LENGTH + 2)) for part in cache if getattr(part, "ndim", 0) == 3]
-    assert sum(sizes) == Z + ROPE + (0 if spec.indexer is None else INDEXER.head_dim)
+    assert sum(sizes) == Z + spec.rope_head_dim + (0 if spec.indexer is None else spec.indexer.cached_dim)
 
 
 def test_cache_of_a_window_keeps_no_more_tokens_than_it_reaches(twin):
@@ -291,7 +300,10 @@ def test_an_indexer_that_chooses_every_position_changes_nothing(twin):
     assert np.max(np.abs(output(twin, SPECS["indexer"], LONG_BTD) - expected)) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["low-rank queries", "no position", "window", "gate and norm of the rotated key"])
+@pytest.mark.parametrize(
+    "kind",
+    ["low-rank queries", "no position", "no rotated features", "window", "gate and norm of the rotated key"],
+)
 def test_reference_gradient_agrees_with_finite_differences(kind):
     spec = SPECS[kind]
     values = values_of(spec)

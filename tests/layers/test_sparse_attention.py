@@ -5,7 +5,16 @@ import pytest
 
 from moezoo.core.config.validate import validate
 from moezoo.core.errors import SpecError
-from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
+from moezoo.core.reference.sparse_attention import (
+    attend_where,
+    choose_pools,
+    choose_sources,
+    index,
+    index_loss,
+    indexer,
+    pool_distribution,
+    pool_keys,
+)
 from moezoo.core.spec import IndexerSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
 from tests.support.tolerances import FLOAT32, FLOAT64, assert_close
 from tests.support.twins import (
@@ -182,3 +191,46 @@ def test_index_heads_narrower_than_what_they_rotate_are_refused():
     fields["indexer"] = {"num_heads": 2, "head_dim": 2, "top_k": 3}
     with pytest.raises(SpecError, match=r"indexer.head_dim is 2, but it rotates rope_head_dim = 4 features"):
         validate(LatentAttentionSpec, fields, "config")
+
+
+POOLS = SPEC.model_copy(update={"top_k": 4, "pool_size": 2})
+
+
+def test_the_key_of_a_pool_is_the_mean_of_its_tokens_weighted_by_their_gates():
+    key_BSH, gate_BSH, bias_SH = normal(11, B, S, H), normal(12, B, S, H), normal(13, 3, H)
+    power = np.exp(gate_BSH[:, 2:5] + bias_SH)
+    expected = np.sum(power * key_BSH[:, 2:5], axis=1) / np.sum(power, axis=1)
+    assert_close(pool_keys(key_BSH, gate_BSH, bias_SH)[:, 4], expected, FLOAT64)
+
+
+def test_whole_pools_are_chosen_and_the_tokens_behind_them(twin):
+    """Queries 2 to T + 1 over pools (0, 1), (2, 3), ... of which two are chosen."""
+    spec, index_BTS, position_S = POOLS, INDEX_BTS, np.arange(S)
+    position_T = position_S[2:]
+    found = choose_pools(spec, index_BTS, position_T, position_S, MASK_TS)
+    ours = [twin.array(each) for each in (index_BTS, position_T, position_S, MASK_TS)]
+    np.testing.assert_array_equal(twin.numpy(twin.module("sparse_attention").choose_pools(spec, *ours)), found)
+    for row in range(B):
+        for place, t in enumerate(position_T):
+            ends = list(range(1, t + 1, 2))
+            best = sorted(ends, key=lambda end: -index_BTS[row, place, end])[:2]
+            expected = {s for end in best for s in (end - 1, end)} | ({t} if t % 2 == 0 else set())
+            assert set(np.flatnonzero(found[row, place])) == expected
+
+
+def test_the_loss_of_pools_compares_the_attention_to_each(twin):
+    spec, position_S = POOLS, np.arange(S)
+    chosen_BTS = choose_pools(spec, INDEX_BTS, position_S[2:], position_S, MASK_TS)
+    chosen_BTS[0, 0] = [True] + [False] * (S - 1)  # a query without a complete pool
+    distribution_BTS = distribution_of(chosen_BTS, 1.0)
+    mass_BTS, end_BTS = pool_distribution(spec, distribution_BTS, chosen_BTS, position_S)
+    assert_close(mass_BTS.sum(-1), np.ones((B, T)), FLOAT64)
+    np.testing.assert_array_equal(mass_BTS[0, 0], np.eye(S)[0])
+    t = T - 1
+    ends = np.flatnonzero(end_BTS[1, t])
+    sums = np.array([distribution_BTS[1, t, end - 1 : end + 1].sum() for end in ends])
+    assert_close(mass_BTS[1, t, ends], sums / sums.sum(), FLOAT64)
+    ours = [twin.array(each) for each in (distribution_BTS, chosen_BTS, position_S)]
+    found = twin.module("sparse_attention").pool_distribution(spec, *ours)
+    assert_close(twin.numpy(found[0]), mass_BTS, FLOAT32)
+    np.testing.assert_array_equal(twin.numpy(found[1]), end_BTS)

@@ -9,4 +9,5 @@ from pathlib import Path
 
 TINY = sorted((Path(__file__).parents[2] / "configs" / "tiny").glob("*.yaml"))
 COMBINATIONS = sorted((Path(__file__).parents[1] / "data" / "combinations").glob("*.yaml"))
-COVERING = [*COMBINATIONS, *(path for path in TINY if path.stem in ("bfloat16_router", "separate_streams"))]
+ALONE = ("bfloat16_router", "pooled_indexer", "separate_streams")
+COVERING = [*COMBINATIONS, *(path for path in TINY if path.stem in ALONE)]

@@ -122,11 +122,10 @@ def _score_flops(attention: AttentionSpec, length: int, layers: Sequence[LayerSp
         case LatentAttentionSpec(num_heads=heads, indexer=indexer):
             width = attention.head_dim + attention.rope_head_dim + attention.value_head_dim
             chosen = mean_visible(length, _chosen(attention, layers))
-            index = (
-                Fraction(0)
-                if indexer is None
-                else 2 * indexer.num_heads * indexer.head_dim * mean_visible(length, None)
-            )
+            index = Fraction(0)
+            if indexer is not None:
+                index = 2 * indexer.num_heads * indexer.head_dim * mean_visible(length, None)
+                index /= indexer.pool_size or 1
             return 2 * heads * width * chosen + index
         case CompressedAttentionSpec():
             return _compressed_score_flops(attention, length)
@@ -158,7 +157,7 @@ def most_visible(attention: GroupedQueryAttentionSpec) -> int | None:
 def _chosen(attention: LatentAttentionSpec, layers: Sequence[LayerSpec]) -> int | None:
     """Return how many positions a query attends to: of a window, or of an indexer, its own or another's; None: all."""
     if attention.indexer_of_layer is None:
-        return attention.window if attention.indexer is None else attention.indexer.top_k
+        return attention.window if attention.indexer is None else attention.indexer.most_chosen
     other = layers[attention.indexer_of_layer].attention
     assert isinstance(other, LatentAttentionSpec)
     return _chosen(other, layers)

@@ -48,10 +48,10 @@ def kv_cache_bytes_per_token(spec: ModelSpec) -> int:
     """Return the KV-cache bytes that each further token adds, in the compute dtype of c bytes.
 
     Per layer: keys and values, `2 c M H` if values are as wide as keys, 0 if the layer reuses another layer's; latent
-    attention one latent and one rotated key, `c (Z + rope_head_dim)`, and the indexer's key; linear attention and short
-    convolutions nothing, their state has a fixed size; compressed attention one key, and one entry for each `ratio`
-    tokens, with that of the indexer. A layer with a window or chunks caches only the tokens that it
-    can attend to: `cache_bytes` takes that limit into account, this number does not.
+    attention one latent and one rotated key, `c (Z + rope_head_dim)`, and the indexer's key, with gates as wide if it
+    pools keys; linear attention and short convolutions nothing, their state has a fixed size; compressed attention one
+    key, and one entry for each `ratio` tokens, with that of the indexer. A layer with a window or chunks caches only
+    the tokens that it can attend to: `cache_bytes` takes that limit into account, this number does not.
 
     Source: Shazeer 2019, arXiv 1911.02150 (fewer key/value heads to shrink this); arXiv 2405.04434, table 1 (latent).
     """
@@ -99,7 +99,7 @@ def _cached_numbers(attention: AttentionSpec) -> Fraction | int:
             index = 0 if attention.indexer is None else attention.indexer.head_dim
             return attention.num_kv_heads * (attention.head_dim + attention.value_dim) + index
         case LatentAttentionSpec(indexer=indexer):
-            return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.head_dim)
+            return attention.latent_dim + attention.rope_head_dim + (0 if indexer is None else indexer.cached_dim)
         case CompressedAttentionSpec(compression=compression):
             ratio = 1 if compression is None else compression.ratio
             return attention.head_dim + Fraction(_entry_numbers(attention, ratio), ratio)

@@ -184,6 +184,9 @@ def _latent(rows: Rows, name: str, spec: LatentAttentionSpec) -> Iterator[Parame
         yield rows.matrix(f"{name}.indexer.w_key", (d, k), ("embed", "head_dim"), "attention")
         yield from rows.norm(f"{name}.indexer.key_norm", spec.indexer.key_norm, (k,), ("head_dim",))
         yield rows.matrix(f"{name}.indexer.w_weight", (d, i), ("embed", "head"), "attention")
+        if (size := spec.indexer.pool_size) is not None:
+            yield rows.matrix(f"{name}.indexer.w_gate", (d, k), ("embed", "head_dim"), "attention")
+            yield rows.vector(f"{name}.indexer.position_bias", (size, k), ("source", "head_dim"), "attention")
 
 
 def _compressed(rows: Rows, name: str, spec: CompressedAttentionSpec) -> Iterator[Parameter]:

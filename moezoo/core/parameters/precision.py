@@ -18,7 +18,7 @@ With `precision.compute: bfloat16`:
 | gate of a norm: sigmoid and product; result cast back | float32 |
 | RoPE angles and rotation; result cast back | float32 |
 | attention scores, their cap, sinks and softmax; probabilities cast back | float32 |
-| indexer of sparse attention: product with w_weight, scores, index, choice and loss | float32 |
+| indexer of sparse attention: product with w_weight, means of pools, scores, index, choice and loss | float32 |
 | dynamic mask: product with w_step, bias, choice | float32 |
 | hyper-connections: weights of streams, their product and mixing matrix, sums of streams; result cast back | float32 |
 | gated streams: gates, their mean, weights, sums of streams; result cast back | float32 |

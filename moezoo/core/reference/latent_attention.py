@@ -8,8 +8,16 @@ from moezoo.core.reference import Array, Parameters, adapter, inside
 from moezoo.core.reference.attention import Attended, visible
 from moezoo.core.reference.normalization import normalize
 from moezoo.core.reference.positions import Documents, rotate, score_multiplier, temperature, within_documents
-from moezoo.core.reference.sparse_attention import attend_where, choose_sources, index, index_loss, indexer
-from moezoo.core.spec import GroupedQueryAttentionSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
+from moezoo.core.reference.sparse_attention import (
+    attend_where,
+    choose_pools,
+    choose_sources,
+    index,
+    index_loss,
+    indexer,
+    pool_distribution,
+)
+from moezoo.core.spec import GroupedQueryAttentionSpec, IndexerSpec, LatentAttentionSpec, NoPositionSpec, RoPESpec
 
 
 def latent_attention(
@@ -58,20 +66,34 @@ def latent_attention(
     mask_BTS, loss = np.broadcast_to(mask_TS, (len(x_BTD), *mask_TS.shape[-2:])), None
     mask_BTS = mask_BTS if chosen_BTS is None else chosen_BTS
     if spec.indexer is not None:
-        own = inside(parameters, "indexer")
-        index_BTS = index(*indexer(spec.indexer, spec.position, spec.rope_head_dim, own, x_BTD, source, position_T))
-        mask_BTS = choose_sources(index_BTS, mask_TS, spec.indexer.top_k)
+        arguments = inside(parameters, "indexer"), x_BTD, source, position_T, documents
+        index_BTS = index(*indexer(spec.indexer, spec.position, spec.rope_head_dim, *arguments))
+        mask_BTS = _choose(spec.indexer, index_BTS, position_T, mask_TS)
     attended, distribution_BTS = attend_where(
         grouped, key, value, mask_BTS, score_scale(spec), parameters["sink"] if spec.sinks else None
     )
     if spec.indexer is not None:
-        loss = index_loss(index_BTS, distribution_BTS, mask_BTS, documents)
+        loss = index_loss(index_BTS, *_compared(spec.indexer, distribution_BTS, mask_BTS, position_T), documents)
     if absorbed:
         out_BTNH = np.einsum("BTNZ,ZNH->BTNH", attended[:, :, 0], parameters["w_value"])
     else:
         out_BTNH = attended[:, :, :, 0]
     out_BTD = _output(spec, parameters, out_BTNH, x_BTD, seen)
     return Attended(out_BTD, None, loss, None if spec.indexer is None else mask_BTS)
+
+
+def _choose(spec: IndexerSpec, index_BTS: Array, position_T: Array, mask_TS: Array) -> Array:
+    """Return the positions that each query attends to: of the highest index, or of pools with the highest."""
+    if spec.pool_size is None:
+        return choose_sources(index_BTS, mask_TS, spec.top_k)
+    return choose_pools(spec, index_BTS, position_T, position_T, mask_TS)
+
+
+def _compared(spec: IndexerSpec, distribution_BTS: Array, chosen_BTS: Array, position_T: Array) -> tuple[Array, Array]:
+    """Return the distribution that the index should have, and the positions over which: all chosen, or of pools."""
+    if spec.pool_size is None:
+        return distribution_BTS, chosen_BTS
+    return pool_distribution(spec, distribution_BTS, chosen_BTS, position_T)
 
 
 def _output(spec: LatentAttentionSpec, parameters: Parameters, out_BTNH: Array, x_BTD: Array, seen_BTZ: Array) -> Array:

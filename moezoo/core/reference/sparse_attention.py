@@ -17,19 +17,23 @@ def indexer(
     x_BTD: Array,
     source_BTZ: Array,
     position_T: Array,
+    documents: Documents | None = None,
 ) -> tuple[Array, Array, Array]:
     """Return the queries of N index heads, the key that they share, and the weight of each head for each query.
 
-    Gradients stop at the inputs: the indexer trains on `index_loss` alone, and `index_loss` trains nothing else.
+    With a `pool_size` the key at each token is that of the pool of tokens that ends there (`pool_keys`). Gradients stop
+    at the inputs: the indexer trains on `index_loss` alone, and `index_loss` trains nothing else.
 
     Args:
         spec: N `num_heads` of width H.
         position: the position spec of the attention; its rotation is applied in the indexer's own `layout`.
         rope_head_dim: number of features of queries and key that are rotated, the `rotated` ones: first or last.
-        parameters: `w_query` [Z, N, H], `w_key` [D, H], `key_norm`, `w_weight` [D, N].
+        parameters: `w_query` [Z, N, H], `w_key` [D, H], `key_norm`, `w_weight` [D, N]; with pools `w_gate` [D, H] and
+            `position_bias`, as `bias_SH` of `pool_keys`.
         x_BTD: input of the attention layer.
         source_BTZ: the normalized low-rank queries of the attention; x_BTD where it has none.
-        position_T: int.
+        position_T: int, from 0 in each document.
+        documents: those of packed sequences, whose pools begin anew.
 
     Returns:
         [B, T, N, H], [B, T, H] and [B, T, N]; the last, in float32, includes the factors `1 / sqrt(H)` and
@@ -52,7 +56,62 @@ def indexer(
             key_BTH = rotate_part(own, rope_head_dim, key_BTH[:, :, None], position_T)[:, :, 0]
         case NoPositionSpec():
             pass
+    if spec.pool_size is not None:
+        gate_BTH = adapter.einsum("BTD,DH->BTH", x_BTD, parameters["w_gate"])
+        key_BTH = pool_keys(key_BTH, gate_BTH, parameters["position_bias"], documents)
     return query_BTNH, key_BTH, weight_BTN
+
+
+def pool_keys(key_BSH: Array, gate_BSH: Array, bias_SH: Array, documents: Documents | None = None) -> Array:
+    """Return at each token the key of the pool of tokens that ends there: `sum_w softmax_w(gate_w + bias_w) key_w`.
+
+    The softmax is for each feature by itself, over the places w of the pool, of which `bias_SH` has as many as rows.
+    A key is of no use where no pool ends.
+
+    Source: Z.ai 2026 (GLM-5.3); transformers 5.23, `Glm5NextTextIndexer`; after DeepSeek-AI 2026 (DeepSeek-V4), eq. 9.
+    """
+    keys, gates = (causal_windows(x_BSH, len(bias_SH), documents) for x_BSH in (key_BSH, gate_BSH))
+    logits = [gate + bias for gate, bias in zip(gates, bias_SH, strict=True)]
+    largest = np.max(np.stack([getval(logit) for logit in logits]), axis=0)
+    powers = [np.exp(logit - largest) for logit in logits]
+    return sum(power * key for power, key in zip(powers, keys, strict=True)) / sum(powers)
+
+
+def choose_pools(spec: IndexerSpec, index_BTS: Array, position_T: Array, position_S: Array, mask_TS: Array) -> Array:
+    """Return the tokens that each query attends to, `top_k` of them in pools: bool [B, T, S].
+
+    Args:
+        spec: its pools that end at the tokens with the highest index are chosen.
+        index_BTS: the index of pools, at their last tokens.
+        position_T, position_S: int, [T] and [S], or [B, T] and [B, S].
+        mask_TS: bool, the causal mask; or one for each sequence, [B, T, S].
+
+    Source: Z.ai 2026 (GLM-5.3); transformers 5.23, `Glm5NextTextIndexer`.
+    """
+    assert spec.pool_size is not None
+    return choose_complete(index_BTS, spec.pool_size, spec.top_k // spec.pool_size, position_T, position_S, mask_TS)
+
+
+def pool_distribution(
+    spec: IndexerSpec, distribution_BTS: Array, chosen_BTS: Array, position_S: Array
+) -> tuple[Array, Array]:
+    """Return how the attention to chosen pools is distributed over them, at their last tokens, and which these are.
+
+    Both are [B, T, S], as `index_loss` takes them. A query without a complete pool has one choice, the first token.
+
+    Args:
+        distribution_BTS: attention weights averaged over heads, as of `attend_where`.
+        chosen_BTS: the tokens attended to, as of `choose_pools`.
+        position_S: int, [S], or [B, S].
+
+    Differs: the published code has no loss; this is eq. 4 of DeepSeek-AI 2025 (DeepSeek-V3.2-Exp) for pools.
+    """
+    assert spec.pool_size is not None
+    end_BTS = chosen_BTS & (position_S % spec.pool_size == spec.pool_size - 1)[..., None, :]
+    alone_BTS = ~np.any(end_BTS, axis=-1, keepdims=True) & (np.arange(position_S.shape[-1]) == 0)
+    parts = causal_windows(np.swapaxes(distribution_BTS, 1, 2), spec.pool_size)
+    mass_BTS = np.where(alone_BTS, 1.0, np.where(end_BTS, np.swapaxes(sum(parts), 1, 2), 0.0))
+    return mass_BTS / np.maximum(np.sum(mass_BTS, axis=-1, keepdims=True), 1e-30), end_BTS | alone_BTS
 
 
 def block_indexer(
@@ -127,13 +186,23 @@ def choose_blocks(
     """
     if spec.pooled == "scores":
         return choose_highest_blocks(spec, query_BTNH, key_BSH, position_T, position_S, mask_TS)
-    size = spec.block_size
     weight_BTN = np.full(query_BTNH.shape[:3], 1 / np.sqrt(spec.head_dim))
+    index_BTS = index(query_BTNH, key_BSH, weight_BTN)
+    return choose_complete(index_BTS, spec.block_size, spec.top_k, position_T, position_S, mask_TS)
+
+
+def choose_complete(
+    index_BTS: Array, size: int, number: int, position_T: Array, position_S: Array, mask_TS: Array
+) -> Array:
+    """Return the tokens of the complete blocks of `size` with the highest index, and those behind the last of them.
+
+    The index of a block is at its last token, and `number` of them are chosen. Other arguments as for `choose_blocks`.
+    """
     ends_TS = mask_TS & (position_S % size == size - 1)[..., None, :]
-    chosen_BTS = choose_sources(index(query_BTNH, key_BSH, weight_BTN), ends_TS, spec.top_k)
+    chosen_BTS = choose_sources(index_BTS, ends_TS, number)
     places = np.arange(position_S.shape[-1])
     end = np.minimum(places + size - 1 - position_S % size, places[-1])[..., None, :]
-    chosen_BTS = np.take_along_axis(chosen_BTS, np.broadcast_to(end, (len(query_BTNH), *end.shape[-2:])), axis=-1)
+    chosen_BTS = np.take_along_axis(chosen_BTS, np.broadcast_to(end, (len(index_BTS), *end.shape[-2:])), axis=-1)
     complete_T1 = ((position_T + 1) // size * size)[..., None]
     return mask_TS & (chosen_BTS | (position_S[..., None, :] >= complete_T1))
 

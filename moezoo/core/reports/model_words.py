@@ -132,7 +132,8 @@ def attention_in_words(spec: AttentionSpec) -> str:
             heads = f"{spec.num_heads} heads of {spec.head_dim}{rotated}, values of {spec.value_head_dim}"
             parts = [f"{heads}, latent {spec.latent_dim}{query}", _position(spec.position)]
             if spec.indexer is not None:
-                parts.append(f"indexer top {spec.indexer.top_k}")
+                pools = "" if spec.indexer.pool_size is None else f" in pools of {spec.indexer.pool_size}"
+                parts.append(f"indexer top {spec.indexer.top_k}{pools}")
             if spec.indexer_of_layer is not None:
                 parts.append(f"tokens chosen in layer {spec.indexer_of_layer}")
             extra = (

@@ -26,6 +26,16 @@ class CompressionSpec(Part):
     overlap: bool = False
     indexer: IndexerSpec | None = None
 
+    @model_validator(mode="after")
+    def _entries(self) -> "CompressionSpec":
+        if self.indexer is not None and self.indexer.pool_size is not None:
+            raise impossible(
+                "indexer.pool_size",
+                f"is {self.indexer.pool_size}, but the indexer chooses among entries of {self.ratio} tokens",
+                "Remove it",
+            )
+        return self
+
     @property
     def width(self) -> int:
         """Number of tokens that an entry draws on."""

@@ -18,6 +18,11 @@ class IndexerSpec(Part):
     last: `rotated`, HY-V4) `rope_head_dim` features of queries and key are rotated like the attention's, but with pairs
     arranged by `layout` (DeepSeek-V3.2 uses half-split here and interleaved in the attention; GLM-5 interleaves both).
     Source: DeepSeek-AI 2025 (DeepSeek-V3.2-Exp), eq. 1, 2 and 4.
+
+    With `pool_size` a query chooses complete pools of that many tokens, `top_k` tokens in all, and always attends to
+    the tokens behind the last complete pool, its own among them. The key of a pool is the mean of its tokens' keys,
+    weighted feature by feature with the softmax of a projection of these tokens and a learned bias by their place in
+    the pool. The loss compares pools. Source: Z.ai 2026 (GLM-5.3; transformers 5.23, `Glm5NextTextIndexer`).
     """
 
     num_heads: PositiveInt
@@ -26,7 +31,28 @@ class IndexerSpec(Part):
     layout: Literal["half_split", "interleaved"] = "half_split"
     rotated: Literal["first", "last"] = "first"
     key_norm: NormSpec = LayerNormSpec(epsilon=1e-6)
+    pool_size: PositiveInt | None = None
     loss_coefficient: Annotated[float, Field(ge=0)] = 1.0
+
+    @property
+    def cached_dim(self) -> int:
+        """Numbers that a cache keeps of each token: its key, and if keys are pooled its weights there."""
+        return self.head_dim if self.pool_size is None else 2 * self.head_dim
+
+    @property
+    def most_chosen(self) -> int:
+        """Greatest number of tokens that a query attends to."""
+        return self.top_k if self.pool_size is None else self.top_k + self.pool_size - 1
+
+    @model_validator(mode="after")
+    def _pools(self) -> "IndexerSpec":
+        if self.pool_size is not None and self.top_k % self.pool_size:
+            raise impossible(
+                "top_k",
+                f"is {self.top_k}, which is not divisible by pool_size = {self.pool_size}",
+                "Use a multiple of pool_size",
+            )
+        return self
 
 
 class DynamicMaskSpec(Part):

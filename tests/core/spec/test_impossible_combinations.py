@@ -341,6 +341,21 @@ CASES = {
         f"{ATTENTION}.rope_key_norm is true, but rope_head_dim is 0, so that there is no such key (x.yaml). Remove one "
         "of the two.",
     ),
+    "a part of a pool": (
+        model(layer(LATENT | {"indexer": {"num_heads": 2, "head_dim": 8, "top_k": 5, "pool_size": 2}})),
+        f"{ATTENTION}.indexer.top_k is 5, which is not divisible by pool_size = 2 (x.yaml). Use a multiple of "
+        "pool_size.",
+    ),
+    "pools of compressed entries": (
+        model(
+            layer(
+                COMPRESSED
+                | {"compression": {"ratio": 3, "indexer": {"num_heads": 2, "head_dim": 8, "top_k": 2, "pool_size": 2}}}
+            )
+        ),
+        f"{ATTENTION}.compression.indexer.pool_size is 2, but the indexer chooses among entries of 3 tokens (x.yaml). "
+        "Remove it.",
+    ),
     "queries of the raw latent without a latent": (
         model(layer(LATENT | {"raw_query_latent": True})),
         f"{ATTENTION}.raw_query_latent is true, but query_latent_dim is null (x.yaml). Set query_latent_dim, or remove "
