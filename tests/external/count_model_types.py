@@ -30,10 +30,8 @@ REASONS = {
 }
 NEEDS = {
     "diffusion_gemma": "writes by diffusion: a canvas that attends in both directions has the only logits",
-    "glm5_next": "needs an indexer of pooled keys for latent attention, latent attention without rotated features, and "
-    "the mean of residual streams",
-    "mistral_large4": "needs latents that layers share, latent attention without rotated features, learned "
-    "frequencies, a learned temperature per head, and an indexer with both",
+    "mistral_large4": "needs latents that layers share, learned frequencies, a learned temperature per head, and an "
+    "indexer with both",
     "muse_spark": "needs norms of experts' outputs, of the latent and of heads, norms of scaled inputs, and gated sums "
     "of the residual stream",
     "unlimited_ocr": "needs windows that begin behind the prompt",

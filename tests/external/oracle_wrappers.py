@@ -5,7 +5,7 @@
 from typing import Any
 
 from oracle_case import COMMON, Shapes, add
-from oracle_families import ERNIE, GLM4_MOE, QWEN3_MOE
+from oracle_families import ERNIE, GLM4_MOE, GROUPED, MLA, QWEN3_MOE
 
 VISION = dict(
     depth=1, hidden_size=24, num_heads=2, patch_size=4, intermediate_size=16, out_hidden_size=COMMON["hidden_size"]
@@ -188,4 +188,62 @@ inside(
         enable_audio_output=True,
     ),
     THINKER | dict(norm_topk_prob=False),
+)
+inside(
+    "glm5_next",
+    "inside the wrapper: linear layers, pools of 4 tokens without rotation, chosen a layer before too, and streams",
+    dict(
+        model_type="glm5_next",
+        vision_config=VISION | dict(image_size=16, projection_intermediate_size=16),
+        tie_word_embeddings=False,
+        image_token_id=9,
+        video_token_id=10,
+        image_start_token_id=11,
+        image_end_token_id=12,
+        video_start_token_id=13,
+        video_end_token_id=14,
+    ),
+    MLA
+    | GROUPED
+    | dict(
+        model_type="glm5_next_text",
+        num_hidden_layers=5,
+        intermediate_size=40,
+        moe_intermediate_size=20,
+        n_shared_experts=1,
+        routed_scaling_factor=2.5,
+        scoring_func="sigmoid",
+        topk_method="noaux_tc",
+        moe_router_dtype="float32",
+        qk_rope_head_dim=0,
+        mla_use_nope=True,
+        index_n_heads=16,
+        index_head_dim=12,
+        index_topk=8,
+        index_kpool=4,
+        index_kpool_compress=True,
+        index_kpool_always_select_tail=True,
+        index_share_for_mtp_iteration=True,
+        indexer_rope_interleave=True,
+        indexer_types=["full", "full", "shared", "full", "full"],
+        layer_types=[
+            *("linear_attention", "deepseek_sparse_attention", "deepseek_sparse_attention"),
+            *("linear_attention", "deepseek_sparse_attention"),
+        ],
+        linear_attn_config=dict(
+            num_heads=3,
+            head_dim=8,
+            short_conv_kernel_size=3,
+            gate_lower_bound=-1.0,
+            kda_layers=[0, 3],
+            full_attn_layers=[1, 2, 4],
+        ),
+        mlp_layer_types=["dense", "sparse", "sparse", "sparse", "sparse"],
+        mhc=True,
+        hc_mult=3,
+        hc_eps=1e-3,
+        hc_sinkhorn_iters=4,
+        swiglu_limit=0.5,
+    ),
+    keep_hidden=True,
 )

@@ -11,14 +11,14 @@ from moezoo.core.huggingface.checkpoint import describe_checkpoint, open_checkpo
 from moezoo.core.huggingface.families.longcat_flash import FAMILY as LONGCAT
 from moezoo.core.huggingface.ledger import first_rules
 from moezoo.core.spec import ModelSpec, TemperatureTuningSpec, TopKChoiceSpec
-from tests.support.fixtures import read_fixture, write_described
+from tests.support.fixtures import read_fixture, text_config, write_described
 
 MISTRAL_ROPE = read_fixture("mistral4").description["config"]["rope_parameters"]
 
 
 def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
-    """Return the spec of a fixture's config with changed fields; `...` removes a field."""
-    config = read_fixture(case).description["config"] | changes
+    """Return the spec of a fixture's config with changed fields of its text model; `...` removes a field."""
+    config = text_config(read_fixture(case).description["config"]) | changes
     config = {name: value for name, value in config.items() if value is not ...}
     (tmp_path / "config.json").write_text(json.dumps(config))
     return describe_checkpoint(tmp_path).spec
@@ -45,6 +45,12 @@ def spec_of(case: str, tmp_path: Path, **changes: Any) -> ModelSpec:
         ("hy_v4", {"indexer_types": ["shared", "full", "full", "full"]}, "indexer_types is .* the first one full"),
         ("hy_v4", {"n_shared_experts": 0}, "n_shared_experts is 0; expected at least 1"),
         ("hy_v4", {"hc_mult": 0}, "hc_mult is 0"),
+        ("glm5_next", {"index_kpool_always_select_tail": False}, "true, because the first tokens would attend"),
+        ("glm5_next", {"qk_rope_head_dim": 4}, "qk_rope_head_dim is 4; expected 0"),
+        ("glm5_next", {"index_topk": 6}, "top_k is 6, which is not divisible by pool_size = 4"),
+        ("glm5_next", {"indexer_types": ["full"] * 4 + ["shared"]}, "full in layer 4, since the layer before"),
+        ("glm5_next", {"mlp_layer_types": ..., "first_k_dense_replace": 1}, "because transformers ignores it"),
+        ("glm5_next", {"linear_attn_config": {"kda_layers": [1, 4]}}, r"kda_layers is .* expected \[0, 3\]"),
         ("axk2", {"rope_interleave": False}, "rope_interleave is false; expected true"),
         ("axk1", {"first_k_dense_replace": 2}, "mlp_layer_types is .* which follows from first_k_dense_replace 2"),
         ("glm4_moe_lite", {"mlp_layer_types": ..., "first_k_dense_replace": 2}, "first_k_dense_replace is 2; exp"),

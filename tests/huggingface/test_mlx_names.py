@@ -31,6 +31,7 @@ NOT_THERE = {
     "ernie4_5_vl_moe_text",
     "flex_olmo",
     "flint",
+    "glm5_next_text",
     "granitemoe_swa",
     "hy_v3",
     "hy_v4",

@@ -40,7 +40,7 @@ def _attentions(fields: Fields, num_layers: int) -> list[LatentAttentionSpec]:
     attention = parts.latent_attention(fields, queries=2048)
     full, shared = attention.model_copy(update={"indexer": indexer}), None
     found = []
-    for index, kind in enumerate(_indexer_types(fields, num_layers)):
+    for index, kind in enumerate(indexer_types(fields, num_layers)):
         if kind == "full":
             shared = attention.model_copy(update={"indexer_of_layer": index})
         elif shared is None:
@@ -49,7 +49,7 @@ def _attentions(fields: Fields, num_layers: int) -> list[LatentAttentionSpec]:
     return found
 
 
-def _indexer_types(fields: Fields, num_layers: int) -> list[str]:
+def indexer_types(fields: Fields, num_layers: int) -> list[str]:
     """Return `full` or `shared` for each layer: a list, a pattern of letters, or every `index_topk_freq`-th is full."""
     pattern, letters = fields.get("index_topk_pattern"), {"F": "full", "S": "shared"}
     step, offset = max(fields.integer("index_topk_freq", 1), 1), fields.integer("index_skip_topk_offset", 2)

@@ -116,7 +116,7 @@ FAMILY = Family(
     tensors=(
         *parts.MODEL,
         *parts.PRE_NORMS,
-        *parts.channel_delta(f"{LAYER}.self_attn", low_rank=True),
+        *parts.channel_delta(f"{LAYER}.self_attn", low_rank=True, rates="1 1 n 1"),
         *beside(*LATENT, parts.latent()),
         *parts.feed_forward(f"{LAYER}.mlp", f"{OURS}.feed_forward"),
         *parts.feed_forward(BLOCK, f"{OURS}.feed_forward"),  # as transformers 5.23 saves it

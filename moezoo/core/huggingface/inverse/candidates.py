@@ -10,7 +10,7 @@ from typing import Any
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.family import Family, families
 from moezoo.core.huggingface.inverse.leaves import Leaves, Values, is_trained, leaves_of
-from moezoo.core.huggingface.inverse.reads import Read, RecordedFields, set_at
+from moezoo.core.huggingface.inverse.reads import Path, Read, RecordedFields, set_at
 from moezoo.core.huggingface.inverse.rotations import rope_fields
 from moezoo.core.parameters import parameter_table
 from moezoo.core.spec import ModelSpec, RoPESpec
@@ -113,7 +113,19 @@ def _reached(family: Family) -> dict[str, set[Any]]:
                     other = _read(family, set_at({}, path, value))
                 if other is not None and _add(found, other[1], seen) and adding:
                     config, base = set_at(config, path, value), other
+                if other is None and read.kind == "per layer":
+                    for another in _with_room(family, base[0], set_at(config, path, value), path):
+                        _add(found, another, seen)
     return found
+
+
+def _with_room(family: Family, base: RecordedFields, config: dict[str, Any], path: Path) -> Iterable[Leaves]:
+    """Yield the models with this list of layers, refused by itself, and with all layers alike in another list."""
+    for other, read in base.reads.items():
+        for option in read.options if read.kind == "per layer" and other != path else ():
+            model = _read(family, set_at(config, other, [option] * _LAYERS))
+            if model is not None:
+                yield model[1]
 
 
 def _read(family: Family, config: dict[str, Any]) -> tuple[RecordedFields, Leaves] | None:

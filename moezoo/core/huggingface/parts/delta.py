@@ -6,9 +6,17 @@ CONVOLVED = (("q", "query", "m h"), ("k", "key", "m h"), ("v", "value", "n z"))
 
 
 def channel_delta(
-    theirs: str, ours: str = "layers.{layer}.attention", *, output: str = "o_proj", low_rank: bool = False
+    theirs: str,
+    ours: str = "layers.{layer}.attention",
+    *,
+    output: str = "o_proj",
+    low_rank: bool = False,
+    rates: str = "n",
 ) -> tuple[Fused, ...]:
-    """Return rules for gated delta attention with a decay per channel; `low_rank`: of decays and output gate."""
+    """Return rules for gated delta attention with a decay per channel; `low_rank`: of decays and output gate.
+
+    `rates`: axes of their decay rates.
+    """
     found: list[Fused] = []
     for name, which, heads in CONVOLVED:
         found.append(Tensor(f"{theirs}.{name}_proj.weight", f"({heads}) d", f"{ours}.w_{which}", f"d {heads}"))
@@ -22,7 +30,7 @@ def channel_delta(
     found += [
         Tensor(f"{theirs}.b_proj.weight", "n d", f"{ours}.w_beta", "d n"),
         Tensor(f"{theirs}.dt_bias", "(n h)", f"{ours}.decay_bias", "n h"),
-        Tensor(f"{theirs}.A_log", "1 1 n 1" if low_rank else "n", f"{ours}.log_decay_rate", "n"),
+        Tensor(f"{theirs}.A_log", rates, f"{ours}.log_decay_rate", "n"),
         Tensor(f"{theirs}.o_norm.weight", "z", f"{ours}.output_norm.scale", "z"),
         Tensor(f"{theirs}.{output}.weight", "d (n z)", f"{ours}.w_output", "n z d"),
     ]

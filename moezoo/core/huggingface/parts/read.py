@@ -231,12 +231,15 @@ def latent_attention(
     *,
     queries: int | None = 1536,
     kv_heads_ignored: bool = False,
+    norm: NormSpec | None = None,
+    rope_head_dim: int | None = None,
     **options: Any,
 ) -> LatentAttentionSpec:
     """Return multi-head latent attention from the fields of DeepSeek's configs.
 
     `position`: by default the config's RoPE. `queries`: the family's default of `q_lora_rank` (an explicit null means
-    full-rank queries). `kv_heads_ignored`: the class replaces `num_key_value_heads`, whatever the file says.
+    full-rank queries). `kv_heads_ignored`: the class replaces `num_key_value_heads`, whatever the file says. `norm`: of
+    latents, in classes that give them `rms_norm_eps`. `rope_head_dim`: the one that the class allows.
     """
     heads = fields.count("num_attention_heads")
     if not kv_heads_ignored:
@@ -244,12 +247,12 @@ def latent_attention(
     return _latent(
         num_heads=heads,
         head_dim=fields.count("qk_nope_head_dim"),
-        rope_head_dim=fields.count("qk_rope_head_dim"),
+        rope_head_dim=fields.count("qk_rope_head_dim") if rope_head_dim is None else rope_head_dim,
         value_head_dim=fields.count("v_head_dim"),
         latent_dim=fields.count("kv_lora_rank"),
         query_latent_dim=fields.count_or_null("q_lora_rank", queries),
         position=rope(fields, layout=layout(fields)) if position is None else position,
-        norm=RMSNormSpec(epsilon=1e-6),  # Trap: rms_norm_eps does not apply to these norms.
+        norm=RMSNormSpec(epsilon=1e-6) if norm is None else norm,  # Trap: rms_norm_eps does mostly not apply to these.
         bias=fields.flag("attention_bias", False),
         **options,
     )
