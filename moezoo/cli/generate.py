@@ -210,15 +210,15 @@ class _SamplePrinter:
         self._requests, self._continuations, self._samples = requests, continuations, samples
         self._texts = [""] * len(requests)
         self._as_json, self._streams = as_json, streams and not as_json
-        if self._streams:
-            click.echo(requests[0].lead, nl=False)
+        self._lead = requests[0].lead  # printed with the first token, so that no error about the prompt follows it
 
     def add(self, column: Any) -> list[bool]:
         for index, token in enumerate(column):
             piece = self._continuations[index].add(int(token))
             self._texts[index] += piece
             if self._streams:
-                click.echo(piece, nl=False)
+                click.echo(self._lead + piece, nl=False)
+                self._lead = ""
         return [continuation.ended for continuation in self._continuations]
 
     def finish(self) -> None:
@@ -229,7 +229,7 @@ class _SamplePrinter:
                 sample = {"prompt": request.prompt, "sample": number, "text": text}
                 click.echo(json.dumps({**sample, "tokens": continuation.tokens, "ended_by": continuation.ended_by}))
             elif self._streams:
-                click.echo(ending)
+                click.echo(self._lead + ending)
             else:
                 click.echo(f"--- sample {number + 1}: {request.title}\n{request.lead}{text}")
 

@@ -480,7 +480,9 @@ def test_generate_continues_token_ids(trained: Path) -> None:
     assert ids[:3] == [3, 1, 2]
     assert len(ids) == 7
     assert_error(call(*words, "--tokens", "3,x"), "DataError", "--tokens is '3,x'; expected token ids")
-    assert_error(call(*words, "--tokens", "3,9999999999"), "DataError", "token 9999999999")
+    outside = call(*words, "--tokens", "3,9999999999")
+    assert_error(outside, "DataError", "token 9999999999")
+    assert outside.stdout == ""
     assert_error(call(*words), "DataError", "expected --prompt TEXT")
     assert_error(call(*words, "--tokens", "1", "--prompt", "7"), "DataError", "expected --prompt TEXT")
     assert_error(call(*words, "--tokens", "1", "--chat"), "DataError", "expected --prompt TEXT")
