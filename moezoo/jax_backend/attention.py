@@ -41,7 +41,7 @@ from moezoo.jax_backend.positions import (
     temperature,
 )
 from moezoo.jax_backend.routing import Routing
-from moezoo.jax_backend.sparse_attention import BlockIndexer
+from moezoo.jax_backend.sparse_attention import BlockIndex, BlockIndexer
 
 
 def attend(
@@ -107,6 +107,7 @@ def attend_causally(
     documents: Documents | None = None,
     relative: Relative | None = None,
     bias_BMS: jax.Array | None = None,
+    index: BlockIndex | None = None,
 ) -> jax.Array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
@@ -119,32 +120,32 @@ def attend_causally(
         for start in range(0, length, size)
     ]
 
-    def mask_of(chunk: Chunk, documents: Documents | None) -> jax.Array:
-        if documents is None:
-            return visible(spec, jnp.arange(chunk.start, chunk.end), jnp.arange(chunk.first, chunk.end))
-        own, seen = (
-            Documents(*(part[:, first : chunk.end] for part in documents)) for first in (chunk.start, chunk.first)
-        )
-        mask_BTS = visible(spec, own.position_BT, seen.position_BT)
-        return mask_BTS & same_document(own.document_BT, seen.document_BT)
+    def mask_of(chunk: Chunk, given: Any) -> jax.Array:
+        documents, blocks = given
+        position_T = positions(length, 0, None, documents)
+        mask_TS = visible(spec, position_T[..., chunk.rows], position_T[..., chunk.seen])
+        if documents is not None:
+            mask_TS &= same_document(*(documents.document_BT[:, part] for part in (chunk.rows, chunk.seen)))
+        return mask_TS if blocks is None else blocks.tokens(mask_TS, chunk.rows)
 
     def bias_of(chunk: Chunk) -> jax.Array | None:
-        rows, seen = slice(chunk.start, chunk.end), slice(chunk.first, chunk.end)
-        return relative_bias(relative, position_T[..., rows], position_T[..., seen], rows)
+        return relative_bias(relative, position_T[..., chunk.rows], position_T[..., chunk.seen], chunk.rows)
 
+    blocks = None if index is None else index.chosen([mask_of(chunk, (documents, None)) for chunk in chunks])
+    given = documents, blocks
     if uses_chunk_kernel(query_BTMGH.dtype) and spec.plain_scores:
         scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
-        return attend_in_chunks(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, documents)
-    own = [None if bias_BMS is None else bias_BMS[..., chunk.first : chunk.end] for chunk in chunks]
+        return attend_in_chunks(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, given)
+    own = [None if bias_BMS is None else bias_BMS[..., chunk.seen] for chunk in chunks]
     attended = [
         attend(
-            query_BTMGH[:, chunk.start : chunk.end],
-            key_BTMH[:, chunk.first : chunk.end],
-            value_BTMH[:, chunk.first : chunk.end],
-            keep_greatest(spec.dynamic_mask, bias, mask_of(chunk, documents)),
+            query_BTMGH[:, chunk.rows],
+            key_BTMH[:, chunk.seen],
+            value_BTMH[:, chunk.seen],
+            keep_greatest(spec.dynamic_mask, bias, mask_of(chunk, given)),
             scale=spec.scale,
             softcap=spec.softcap,
-            sink_N=sink_N if sink_N is None or sink_N.ndim == 1 else sink_N[:, chunk.start : chunk.end],
+            sink_N=sink_N if sink_N is None or sink_N.ndim == 1 else sink_N[:, chunk.rows],
             bias_BNTS=bias_of(chunk),
             bias_BMS=bias,
         )
@@ -248,7 +249,7 @@ class GroupedQueryAttention(nnx.Module):
         scale_NH = None if spec.qk_l2_clip is None else self.query_scale[...]
         query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, position_T, scale_NH)
         query = self._tempered(query, position_T)
-        index, cache = (None, cache) if spec.indexer is None else self.indexer(x_BTD, position_T, cache)
+        index, cache = self.indexer(x_BTD, position_T, cache, first_B, documents) if spec.indexer else (None, cache)
         if isinstance(cache, SharedCache):
             cache = cache.extend(length)
         elif key is not None and value is not None:
@@ -266,13 +267,12 @@ class GroupedQueryAttention(nnx.Module):
         sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
         bias_BMS = None if spec.dynamic_mask is None else self.dynamic_mask(source[1])
         grouped = choose_heads(query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim), routing)
-        if cache is None and index is None:
-            attended = attend_causally(spec, grouped, *source[:2], sink_N, documents, relative, bias_BMS)
+        if cache is None:
+            attended = attend_causally(spec, grouped, *source[:2], sink_N, documents, relative, bias_BMS, index)
         else:
             position_S = positions_of(source.slot_S, first_B)
             mask_TS, bias = _mask(spec, position_T, position_S), relative_bias(relative, position_T, position_S)
-            if index is not None:
-                mask_TS = self.indexer.chosen(index, position_T, position_S, mask_TS, documents)
+            mask_TS = mask_TS if index is None else index.chosen([mask_TS]).tokens(mask_TS)
             mask_TS = keep_greatest(spec.dynamic_mask, bias_BMS, mask_TS)
             options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap, "sink_N": sink_N}
             attended = attend(grouped, *source[:2], mask_TS, **options, bias_BNTS=bias, bias_BMS=bias_BMS)

@@ -39,7 +39,7 @@ from moezoo.mlx_backend.positions import (
     temperature,
 )
 from moezoo.mlx_backend.routing import Routing
-from moezoo.mlx_backend.sparse_attention import BlockIndexer
+from moezoo.mlx_backend.sparse_attention import BlockIndex, BlockIndexer
 
 
 def attend(
@@ -105,6 +105,7 @@ def attend_causally(
     documents: Documents | None = None,
     relative: Relative | None = None,
     bias_BMS: mx.array | None = None,
+    index: BlockIndex | None = None,
 ) -> mx.array:
     """Spec: moezoo.core.reference.attention.attend, with the mask of `visible`, in chunks of queries.
 
@@ -112,26 +113,25 @@ def attend_causally(
     and chunks alternate between two streams, each with its own thread. The GPU has a fused kernel for all at once.
     """
     length = query_BTMGH.shape[1]
-    size, position_T = chunk_length(length), mx.arange(length)
-    chunks = []
+    size, position = chunk_length(length), positions(length, 0, None, documents)
+    chunks, masks = [], []
     for start in range(0, length, size):
         end, first = min(start + size, length), _first_visible(spec, start, documents)
-        if documents is None:
-            mask_TS = visible(spec, position_T[start:end], position_T[first:end])
-        else:
-            own, seen = (Documents(*(part[:, begin:end] for part in documents)) for begin in (start, first))
-            mask_TS = visible(spec, own.position_BT, seen.position_BT)
-            mask_TS = mask_TS & same_document(own.document_BT, seen.document_BT)
-        chunks.append(Chunk(start, end, first, end, mask_TS))
+        masks.append(visible(spec, position[..., start:end], position[..., first:end]))
+        if documents is not None:
+            masks[-1] &= same_document(documents.document_BT[:, start:end], documents.document_BT[:, first:end])
+        chunks.append(Chunk(start, end, first, end, masks[-1]))
+    if index is not None:
+        blocks = index.chosen(masks)
+        chunks = [Chunk(*each[:4], blocks.tokens(own, each.rows)) for each, own in zip(chunks, masks, strict=True)]
     scale = 1 / math.sqrt(query_BTMGH.shape[-1]) if spec.scale is None else spec.scale
-    position = position_T if documents is None else documents.position_BT
 
     def attend_chunk(chunk: Chunk) -> mx.array:
-        rows, sources = slice(chunk.start, chunk.end), slice(chunk.first, chunk.last)
-        query, key, value = query_BTMGH[:, rows], key_BTMH[:, sources], value_BTMH[:, sources]
+        rows, seen = chunk.rows, chunk.seen
+        query, key, value = query_BTMGH[:, rows], key_BTMH[:, seen], value_BTMH[:, seen]
         own_sink = sink_N if sink_N is None or sink_N.ndim == 1 else sink_N[:, rows]
-        bias = relative_bias(relative, position[..., rows], position[..., sources], rows)
-        of_key = None if bias_BMS is None else bias_BMS[..., sources]
+        bias = relative_bias(relative, position[..., rows], position[..., seen], rows)
+        of_key = None if bias_BMS is None else bias_BMS[..., seen]
         mask_TS = keep_greatest(spec.dynamic_mask, of_key, chunk.mask_TS)
         options: dict[str, Any] = {"scale": scale, "softcap": spec.softcap, "sink_N": own_sink}
         return attend(query, key, value, mask_TS, **options, bias_BNTS=bias, bias_BMS=of_key)
@@ -246,7 +246,7 @@ class GroupedQueryAttention(nn.Module):
         scale_NH = None if spec.qk_l2_clip is None else self.query_scale
         query = self._rotated(query, None if spec.qk_norm is None else self.query_norm, known_T, scale_NH)
         query = self._tempered(query, position_T)
-        index, cache = (None, cache) if spec.indexer is None else self.indexer(x_BTD, position_T, cache)
+        index, cache = self.indexer(x_BTD, position_T, cache, first_B, documents) if spec.indexer else (None, cache)
         if isinstance(cache, SharedCache):
             cache = cache.extend(length)
         elif key is not None and value is not None:
@@ -264,13 +264,13 @@ class GroupedQueryAttention(nn.Module):
         sink_N, relative = self._sinks(x_BTD), self._relative(x_BTD, position_T)
         bias_BMS = None if spec.dynamic_mask is None else self.dynamic_mask(source[1])
         grouped = choose_heads(query.reshape(batch, length, spec.num_kv_heads, -1, spec.head_dim), routing)
-        if cache is None and index is None:
-            attended = attend_causally(spec, grouped, *source[:2], sink_N, documents, relative, bias_BMS)
+        if cache is None:
+            attended = attend_causally(spec, grouped, *source[:2], sink_N, documents, relative, bias_BMS, index)
         else:
             position_S = positions_of(source.slot_S, first_B)
             mask_TS, bias = _mask(spec, position_T, position_S), relative_bias(relative, position_T, position_S)
-            if index is not None:
-                mask_TS = self.indexer.chosen(index, position_T, position_S, mask_TS, documents)
+            if index is not None and mask_TS is not None:
+                mask_TS = index.chosen([mask_TS]).tokens(mask_TS)
             mask_TS = keep_greatest(spec.dynamic_mask, bias_BMS, mask_TS)
             options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap, "sink_N": sink_N}
             attended = attend(grouped, *source[:2], mask_TS, **options, bias_BNTS=bias, bias_BMS=bias_BMS)

@@ -1,7 +1,8 @@
 """Sparse attention to the tokens that an indexer chooses. Spec: moezoo.core.reference.sparse_attention."""
 
 import math
-from typing import Any, assert_never
+from collections.abc import Sequence
+from typing import Any, NamedTuple, assert_never
 
 import mlx.core as mx
 from mlx import nn
@@ -12,7 +13,7 @@ from moezoo.mlx_backend.arrays import Weights
 from moezoo.mlx_backend.kernels import projection
 from moezoo.mlx_backend.kv_cache import IndexedCache
 from moezoo.mlx_backend.normalization import norm
-from moezoo.mlx_backend.positions import Documents, causal_windows, rotate, token_mean, within_documents
+from moezoo.mlx_backend.positions import Documents, causal_windows, positions, rotate, token_mean
 
 
 class Indexer(nn.Module):
@@ -127,40 +128,41 @@ class BlockIndexer(nn.Module):
         self.query_norm = norm(spec.norm, weights.inside("query_norm"))
         self.key_norm = norm(spec.norm, weights.inside("key_norm"))
 
-    def __call__(self, x_BTD: mx.array, position_T: mx.array, cache: Any) -> tuple[tuple[mx.array, mx.array], Any]:
-        """Return queries and each token's own key, those of cached ones before; and the cache with the new ones."""
-        dtype, x_BTD = x_BTD.dtype, mx.stop_gradient(x_BTD)
-        query_BTNH = self.query_norm(projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype)))
-        key_BTH = projection.einsum("BTD,DH->BTH", x_BTD, self.w_key.astype(dtype))
-        if self.spec.pooled == "scores":
-            key_BTH = self._rotated(self.key_norm(key_BTH)[:, :, None], position_T)[:, :, 0]
-        if isinstance(cache, IndexedCache):
-            cache, key_BTH = cache.with_index(key_BTH)
-        return (self._rotated(query_BTNH, position_T), key_BTH), cache
-
-    def chosen(
+    def __call__(
         self,
-        index: tuple[mx.array, mx.array],
+        x_BTD: mx.array,
         position_T: mx.array,
-        position_S: mx.array,
-        mask_TS: mx.array | None,
+        cache: Any,
+        first_B: mx.array | None,
         documents: Documents | None,
-    ) -> mx.array:
-        """Return which of the unmasked tokens these queries choose, by the keys of tokens: as `choose_blocks`."""
-        key_BSH = index[1]
-        if self.spec.pooled == "keys":
-            key_BSH = self.block_keys(key_BSH, position_S, documents)
-        assert mask_TS is not None
-        mask_TS = within_documents(mask_TS, documents)
-        return choose_blocks(self.spec, index[0], key_BSH, position_T, position_S, mask_TS)
+    ) -> tuple["BlockIndex", Any]:
+        """Return what these tokens choose blocks by, those in the cache included; and the cache with the new ones."""
+        dtype, x_BTD, has_keys = x_BTD.dtype, mx.stop_gradient(x_BTD), self.spec.pooled == "keys"
+        query_BTNH = self.query_norm(projection.einsum("BTD,DNH->BTNH", x_BTD, self.w_query.astype(dtype)))
+        key_BSH = projection.einsum("BTD,DH->BTH", x_BTD, self.w_key.astype(dtype))
+        if not has_keys:
+            key_BSH = self._rotated(self.key_norm(key_BSH)[:, :, None], position_T)[:, :, 0]
+        if isinstance(cache, IndexedCache):
+            cache, key_BSH = cache.with_index(key_BSH)
+        position_S = positions(key_BSH.shape[1], 0, first_B, documents)
+        key_BSH = self.block_keys(key_BSH, position_S) if has_keys else key_BSH
+        places = places_of_blocks(self.spec, position_T, position_S, documents)
+        return BlockIndex(self.spec, self._rotated(query_BTNH, position_T), key_BSH, *places), cache
 
-    def block_keys(self, key_BSH: mx.array, position_S: mx.array, documents: Documents | None = None) -> mx.array:
-        """Return at each token the key of the block that ends there; means in float32, cast back."""
-        size, (batch, _, width) = self.spec.block_size, key_BSH.shape
-        before = mx.zeros((batch, size - 1, width), mx.float32)
-        mean_BSH = sum(causal_windows(key_BSH.astype(mx.float32), before, documents), mx.array(0.0)) / size
-        keys_BSH = self.key_norm(mean_BSH.astype(key_BSH.dtype))
-        return self._rotated(keys_BSH[:, :, None], mx.maximum(position_S - size + 1, 0))[:, :, 0]
+    def block_keys(self, key_BSH: mx.array, position_S: mx.array) -> mx.array:
+        """Return the keys of complete blocks in order, then some of no use: [B, E, H]; means in float32, cast back."""
+        size, (batch, length, width) = self.spec.block_size, key_BSH.shape
+        number = -(-length // size)
+        if position_S.ndim == 1:
+            first_E = size * mx.arange(number)
+            key_BSH = mx.pad(key_BSH, [(0, 0), (0, number * size - length), (0, 0)])
+        else:
+            last_BE = mx.argsort(~_is_last(size, position_S), axis=-1)[:, :number]
+            first_E = mx.maximum(mx.take_along_axis(position_S, last_BE, axis=1) - size + 1, 0)
+            slot_BES = mx.maximum(last_BE[..., None] + mx.arange(1 - size, 1), 0)
+            key_BSH = mx.take_along_axis(key_BSH, slot_BES.reshape(batch, -1, 1), axis=1)
+        mean_BEH = mx.mean(key_BSH.reshape(batch, number, size, width).astype(mx.float32), axis=2)
+        return self._rotated(self.key_norm(mean_BEH.astype(key_BSH.dtype))[:, :, None], first_E)[:, :, 0]
 
     def _rotated(self, x_BTNH: mx.array, position_T: mx.array) -> mx.array:
         match self.position:
@@ -170,22 +172,6 @@ class BlockIndexer(nn.Module):
                 return x_BTNH
             case _:
                 assert_never(self.position)
-
-
-def choose_blocks(
-    spec: BlockIndexerSpec,
-    query_BTNH: mx.array,
-    key_BSH: mx.array,
-    position_T: mx.array,
-    position_S: mx.array,
-    mask_TS: mx.array,
-) -> mx.array:
-    """Spec: moezoo.core.reference.sparse_attention.choose_blocks."""
-    if spec.pooled == "scores":
-        return choose_highest_blocks(spec, query_BTNH, key_BSH, position_T, position_S, mask_TS)
-    weight_BTN = mx.full(query_BTNH.shape[:3], 1 / math.sqrt(spec.head_dim), mx.float32)
-    index_BTS = index(query_BTNH, key_BSH, weight_BTN)
-    return choose_complete(index_BTS, spec.block_size, spec.top_k, position_T, position_S, mask_TS)
 
 
 def choose_complete(
@@ -202,33 +188,120 @@ def choose_complete(
     return mask_TS & (chosen_BTS | behind_TS)
 
 
-def choose_highest_blocks(
-    spec: BlockIndexerSpec,
-    query_BTMH: mx.array,
-    key_BSH: mx.array,
-    position_T: mx.array,
-    position_S: mx.array,
-    mask_TS: mx.array,
-) -> mx.array:
-    """Spec: moezoo.core.reference.sparse_attention.choose_highest_blocks."""
-    size, (batch, length) = spec.block_size, key_BSH.shape[:2]
-    score_BMTS = mx.einsum("BTMH,BSH->BMTS", query_BTMH.astype(mx.float32), key_BSH.astype(mx.float32))
-    score_BMTS = mx.stop_gradient(score_BMTS)
-    first_BS = mx.broadcast_to(mx.maximum(mx.arange(length) - position_S % size, 0), (batch, length))
-    near_TS = position_T[..., :, None] // size - position_S[..., None, :] // size < spec.local_blocks
-    score_BMTS = mx.where(_by_head(near_TS), mx.inf, score_BMTS)
-    score_BSMT = mx.moveaxis(mx.where(_by_head(mask_TS), score_BMTS, -mx.inf), 3, 1)
-    lowest_BSMT = mx.full(score_BSMT.shape, -mx.inf, mx.float32)
-    block_BSMT = lowest_BSMT.at[mx.arange(batch)[:, None], first_BS].maximum(score_BSMT)
-    block_BMTS = mx.moveaxis(block_BSMT, 1, 3)
-    chosen_BMTS = choose_sources(block_BMTS, block_BMTS > -mx.inf, spec.top_k)
-    first_BMTS = mx.broadcast_to(first_BS[:, None, None], chosen_BMTS.shape)
-    return _by_head(mask_TS) & mx.take_along_axis(chosen_BMTS, first_BMTS, axis=-1)
+class BlockIndex(NamedTuple):
+    """Queries of index heads, and keys of blocks [B, E, H] or of tokens [B, S, H]; and where both are.
+
+    `block_S`: the number of each token's block. `own_T`: that of the block which each query is in, behind complete
+    ones; `first_T`: that of the first one of its document. With padding or documents: [B, S] and [B, T].
+    """
+
+    spec: BlockIndexerSpec
+    query_BTNH: mx.array
+    key_BSH: mx.array
+    block_S: mx.array
+    own_T: mx.array
+    first_T: mx.array
+
+    def chosen(self, masks: Sequence[mx.array]) -> "Blocks":
+        """Return what all queries choose; `masks` [T, S] or [B, T, S]: those of their chunks, over the first tokens."""
+        if self.spec.pooled == "keys":
+            return Blocks(choose_blocks(self), self.block_S, self.spec.block_size)
+        return Blocks(choose_highest_blocks(self, masks), self.block_S, self.spec.block_size)
 
 
-def _by_head(mask_TS: mx.array) -> mx.array:
-    """Return a mask [T, S], or one for each sequence, with an axis for heads."""
-    return mask_TS if mask_TS.ndim == 2 else mask_TS[:, None]
+class Blocks(NamedTuple):
+    """The blocks that each query attends to, [B, T, E] or by head [B, M, T, E]; and the block of each token."""
+
+    chosen_BTE: mx.array
+    block_S: mx.array
+    size: int
+
+    def tokens(self, mask_TS: mx.array, rows: slice = slice(None)) -> mx.array:
+        """Return which of the first S tokens these queries attend to, of those that they may see."""
+        chosen_BTE, length = self.chosen_BTE[..., rows, :], mask_TS.shape[-1]
+        if self.block_S.ndim == 1:
+            chosen_BTS = mx.repeat(chosen_BTE[..., : -(-length // self.size)], self.size, axis=-1)[..., :length]
+        else:
+            block_B1S = self.block_S[:, None, :length]
+            chosen_BTS = mx.take_along_axis(chosen_BTE, _by_head(block_B1S, chosen_BTE), axis=-1)
+        return chosen_BTS & _by_head(mask_TS, chosen_BTE)
+
+
+def _by_head(mask_TS: mx.array, other: mx.array) -> mx.array:
+    """Return an array [T, S], or one for each sequence, with an axis for heads if the other one has it."""
+    return mask_TS[:, None] if mask_TS.ndim == 3 and other.ndim == 4 else mask_TS
+
+
+def places_of_blocks(
+    spec: BlockIndexerSpec, position_T: mx.array, position_S: mx.array, documents: Documents | None
+) -> tuple[mx.array, mx.array, mx.array]:
+    """Return the last three fields of a `BlockIndex`.
+
+    Blocks with keys are numbered over all documents; others in each, since a query sees no tokens but of its own.
+    Padding, at negative positions, is in block 0, of which only padding sees it.
+    """
+    size, first_T = spec.block_size, mx.zeros_like(position_T)
+    block_S = mx.maximum(position_S, 0) // size
+    if spec.pooled == "scores":
+        return block_S, mx.maximum(position_T, 0) // size, first_T
+    complete_T = mx.maximum(position_T + 1, 0) // size
+    if documents is None:
+        return block_S, complete_T, first_T
+    is_last_BT = _is_last(size, position_S)
+    own_BT = mx.cumsum(is_last_BT, axis=-1)
+    return own_BT - is_last_BT, own_BT, own_BT - complete_T
+
+
+def _is_last(size: int, position_BS: mx.array) -> mx.array:
+    """Return which tokens are the last of a block."""
+    return (position_BS >= 0) & (position_BS % size == size - 1)
+
+
+def choose_blocks(found: BlockIndex) -> mx.array:
+    """Spec: moezoo.core.reference.sparse_attention.choose_blocks; what is behind them is one more: bool [B, T, E]."""
+    weight_BTN = mx.full(found.query_BTNH.shape[:3], 1 / math.sqrt(found.spec.head_dim), mx.float32)
+    index_BTE = index(found.query_BTNH, found.key_BSH, weight_BTN)
+    block_E, own_T1 = mx.arange(index_BTE.shape[-1]), found.own_T[..., None]
+    complete_TE = (block_E >= found.first_T[..., None]) & (block_E < own_T1)
+    return choose_sources(index_BTE, complete_TE, found.spec.top_k) | (block_E == own_T1)
+
+
+def choose_highest_blocks(found: BlockIndex, masks: Sequence[mx.array]) -> mx.array:
+    """Spec: moezoo.core.reference.sparse_attention.choose_highest_blocks; of blocks: bool [B, M, T, E]."""
+    number, start, scores = -(-found.key_BSH.shape[1] // found.spec.block_size), 0, []
+    for mask_TS in masks:
+        end, seen = start + mask_TS.shape[-2], slice(0, mask_TS.shape[-1])
+        own = found._replace(
+            query_BTNH=found.query_BTNH[:, start:end], key_BSH=found.key_BSH[:, seen], block_S=found.block_S[..., seen]
+        )
+        scores.append(block_scores(own, mask_TS, number))
+        start = end
+    score_BMTE = mx.concatenate(scores, axis=2)
+    near_TE = found.own_T[..., None] - mx.arange(number) < found.spec.local_blocks
+    ranked_BMTE = mx.where(_by_head(near_TE, score_BMTE), mx.inf, score_BMTE)
+    return choose_sources(ranked_BMTE, score_BMTE > -mx.inf, found.spec.top_k)
+
+
+def block_scores(found: BlockIndex, mask_TS: mx.array, number: int) -> mx.array:
+    """Return the largest score of each block's unmasked tokens, -inf of none: [B, M, T, E], in float32.
+
+    Queries come last until then: a maximum over the last axis has no vectors on a CPU.
+    """
+    size, (batch, length) = found.spec.block_size, found.key_BSH.shape[:2]
+    query_BTMH, key_BSH = found.query_BTNH.astype(mx.float32), found.key_BSH.astype(mx.float32)
+    score_BMST = mx.einsum("BTMH,BSH->BMST", query_BTMH, key_BSH)
+    mask_ST = _by_head(mask_TS, score_BMST).swapaxes(-1, -2)
+    score_BMST = mx.where(mask_ST, mx.stop_gradient(score_BMST), -mx.inf)
+    if found.block_S.ndim == 1:
+        seen, (*lead, _, width) = -(-length // size), score_BMST.shape
+        behind = [(0, 0), (0, 0), (0, seen * size - length), (0, 0)]
+        whole_BMST = mx.pad(score_BMST, behind, constant_values=-mx.inf)
+        block_BMET = mx.max(whole_BMST.reshape(*lead, seen, size, width), axis=-2)
+        behind = [(0, 0), (0, 0), (0, number - seen), (0, 0)]
+        return mx.pad(block_BMET, behind, constant_values=-mx.inf).swapaxes(-1, -2)
+    score_BSMT = mx.moveaxis(score_BMST, 2, 1)
+    lowest_BEMT = mx.full((batch, number, *score_BSMT.shape[2:]), -mx.inf, mx.float32)
+    return mx.moveaxis(lowest_BEMT.at[mx.arange(batch)[:, None], found.block_S].maximum(score_BSMT), 1, 3)
 
 
 def head_rotation(position: RoPESpec, head_dim: int) -> tuple[RoPESpec, int]:
@@ -257,10 +330,15 @@ def index(query_BTNH: mx.array, key_BSH: mx.array, weight_BTN: mx.array) -> mx.a
 
 
 def choose_sources(index_BTS: mx.array, mask_TS: mx.array, top_k: int) -> mx.array:
-    """Spec: moezoo.core.reference.sparse_attention.choose_sources."""
+    """Spec: moezoo.core.reference.sparse_attention.choose_sources; by a partition, which takes no sort."""
+    place = index_BTS.shape[-1] - top_k
+    if place <= 0:
+        return mx.broadcast_to(mask_TS, mx.broadcast_shapes(mask_TS.shape, index_BTS.shape))
     allowed = mx.where(mask_TS, mx.stop_gradient(index_BTS), -mx.inf)
-    rank_BTS = mx.argsort(mx.argsort(-allowed, axis=-1), axis=-1)
-    return (rank_BTS < top_k) & mask_TS
+    lowest_BT1 = mx.partition(allowed, place, axis=-1)[..., place : place + 1]
+    above_BTS, tied_BTS = allowed > lowest_BT1, allowed == lowest_BT1
+    left_BT1 = top_k - mx.sum(above_BTS, axis=-1, keepdims=True)
+    return mask_TS & (above_BTS | (tied_BTS & (mx.cumsum(tied_BTS.astype(mx.int32), axis=-1) <= left_BT1)))
 
 
 def attend_where(

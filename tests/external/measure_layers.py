@@ -30,6 +30,12 @@ COMPRESSED = {
     **{"output_groups": 2, "output_latent_dim": 64, "window": 128},
 }
 INDEXER = {"num_heads": 4, "head_dim": 32, "top_k": 128, "layout": "interleaved", "rotated": "last"}
+BLOCKS = {"num_heads": 2, "head_dim": 32, "top_k": 16, "block_size": 64}
+LATENT = {
+    "kind": "latent",
+    **{"num_heads": 8, "head_dim": 32, "rope_head_dim": 16, "value_head_dim": 32},
+    **{"latent_dim": 64, "query_latent_dim": 128},
+}
 MIXERS = {
     BASE: GROUPED,
     "mamba2": {"kind": "mamba2", "num_heads": 8, "head_dim": 64, "state_dim": 64},
@@ -41,7 +47,10 @@ MIXERS = {
     "compressed 4, indexed": COMPRESSED
     | {"compression": {"ratio": 4, "overlap": True, "indexer": INDEXER | {"key_norm": {"kind": "rms"}}}},
     "convolutional": GROUPED | {"convolution": {"conv_width": 4, "mix_width": 4}},
-    "block indexer": GROUPED | {"indexer": {"num_heads": 2, "head_dim": 32, "top_k": 16, "block_size": 64}},
+    "block indexer": GROUPED | {"indexer": BLOCKS},
+    "block indexer, by scores": GROUPED | {"indexer": BLOCKS | {"num_heads": 8, "pooled": "scores", "local_blocks": 1}},
+    "latent": LATENT,
+    "latent, indexed": LATENT | {"indexer": {"num_heads": 4, "head_dim": 32, "top_k": 1024}},
     "relative positions": GROUPED | {"position": {"kind": "none"}, "relative": {"dim": 8, "extent": 1024}},
 }
 RESIDUALS = {

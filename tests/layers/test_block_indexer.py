@@ -133,3 +133,13 @@ def test_cached_parts_equal_the_uncached_pass_also_behind_padding(twin, pooled):
 def test_sizes_of_index_queries_and_keys_do_not_matter(changed):
     scaled = VALUES | {f"indexer.{name}": factor * INDEX[name] for name, factor in changed.items()}
     assert_close(out()(scaled, X_BTD), out()(VALUES, X_BTD), FLOAT32)
+
+
+@pooled
+@pytest.mark.parametrize("document_BT", [None, np.array([[0] * 5 + [1] * 9, [0] * 14, [0] * 2 + [1] * 12])])
+def test_chunks_of_queries_choose_what_the_whole_chooses(twin, pooled, document_BT, monkeypatch):
+    monkeypatch.setattr(twin.module("attention"), "chunk_length", lambda length: 5)
+    ours = None if document_BT is None else twin.module("positions").packed_documents(twin.array(document_BT))
+    found = twin.compiled(layer_of(twin, pooled))(twin.array(X_BTD), documents=ours).out_BTD
+    expected = out(pooled, packed_documents(document_BT))(KINDS[pooled][1], X_BTD)
+    assert_close(twin.numpy(found), expected, FLOAT32)

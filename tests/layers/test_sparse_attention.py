@@ -124,6 +124,15 @@ def test_ties_go_to_the_lower_position(twin):
     np.testing.assert_array_equal(np.flatnonzero(mask[0, -1]), np.arange(K))
 
 
+@pytest.mark.parametrize("top_k", [1, 7, 33, 80])
+def test_many_positions_with_few_values_are_chosen_as_by_the_reference(twin, top_k):
+    """Of both signs, with ties at the threshold, infinite ones, and queries that see fewer than they may choose."""
+    draw = np.random.default_rng(0)
+    few = draw.choice([-np.inf, -2.5, -1e-3, -0.0, 0.0, 1e-30, 1.5, 3e8, np.inf], (2, 20, 70))
+    mask = chosen(twin, few, draw.random((20, 70)) < np.linspace(0.1, 1, 20)[:, None], top_k)
+    assert mask.any()
+
+
 @pytest.mark.parametrize("heads", [(M, G), (1, G)], ids=["grouped", "shared key"])
 def test_attend_where_matches_the_reference(twin, heads):
     query = normal(1, B, T, *heads, H)

@@ -219,7 +219,7 @@ def choose_highest_blocks(
     Differs: there blocks are counted from the first slot of a batch, so that padding on the left shifts them.
     """
     size, place_S = spec.block_size, np.arange(position_S.shape[-1])
-    score_BMTS = np.einsum("BTMH,BSH->BMTS", getval(query_BTMH), getval(key_BSH))
+    score_BMTS = np.swapaxes(np.einsum("BTMH,BSH->BMST", getval(query_BTMH), getval(key_BSH)), -1, -2)
     first_BS = np.broadcast_to(np.maximum(place_S - position_S % size, 0), key_BSH.shape[:2])
     near_TS = position_T[..., :, None] // size - position_S[..., None, :] // size < spec.local_blocks
     mask_BMTS, near_BMTS = (np.broadcast_to(_by_head(x), score_BMTS.shape) for x in (mask_TS, near_TS))

@@ -2,12 +2,11 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from moezoo.jax_backend.positions import Documents
 from moezoo.jax_backend.runtime.platform import platform
 
 
@@ -28,6 +27,16 @@ class Chunk(NamedTuple):
     end: int
     first: int
 
+    @property
+    def rows(self) -> slice:
+        """Its queries."""
+        return slice(self.start, self.end)
+
+    @property
+    def seen(self) -> slice:
+        """Its keys."""
+        return slice(self.first, self.end)
+
 
 def uses_chunk_kernel(dtype: jnp.dtype) -> bool:
     """Return True where `attend_in_chunks` computes causal attention of plain scores: float32 on the CPU."""
@@ -41,8 +50,8 @@ def attention_path() -> str:
     return "chunks of queries, custom gradient; with a softcap, a bias or in bfloat16: XLA's gradient"
 
 
-Mask = Callable[[Chunk, Documents | None], jax.Array]
-"""Function that returns the mask of a chunk: [T, S], or [B, T, S] of packed documents."""
+Mask = Callable[[Chunk, Any], jax.Array]
+"""Function that returns the mask of a chunk, from what it is given: [T, S], [B, T, S], or by head [B, M, T, S]."""
 
 
 class _Saved(NamedTuple):
@@ -67,14 +76,14 @@ def attend_in_chunks(
     key_BTMH: jax.Array,
     value_BTMH: jax.Array,
     sink_N: jax.Array | None,
-    documents: Documents | None,
+    given: Any,
 ) -> jax.Array:
     """Attend in float32, with a custom gradient; chunks are in order, and every query belongs to one.
 
     All queries that share a key head are rows of one matrix, so that products are larger and fewer than those of
     `attend`; and the gradient needs no derivative of the softmax's denominator.
     """
-    return _forward(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, documents)[0]
+    return _forward(chunks, mask_of, scale, query_BTMGH, key_BTMH, value_BTMH, sink_N, given)[0]
 
 
 def _forward(
@@ -85,17 +94,16 @@ def _forward(
     key_BTMH: jax.Array,
     value_BTMH: jax.Array,
     sink_N: jax.Array | None,
-    documents: Documents | None,
+    given: Any,
 ) -> tuple[jax.Array, _Saved]:
     kv_heads, group = query_BTMGH.shape[2:4]
     query, key, value = (_heads_first(x) for x in (query_BTMGH, key_BTMH, value_BTMH))
     sink_M1G = None if sink_N is None else sink_N.reshape(kv_heads, 1, group)
     weights, largest, total, out = [], [], [], []
     for chunk in chunks:
-        seen = slice(chunk.first, chunk.end)
-        score = jnp.einsum("BMRH,BMSH->BMRS", query[:, :, _rows(chunk, group)], key[:, :, seen]) * scale
-        mask_RS = jnp.repeat(mask_of(chunk, documents), group, axis=-2)
-        score = jnp.where(mask_RS if mask_RS.ndim == 2 else mask_RS[:, None], score, -jnp.inf)
+        score = jnp.einsum("BMRH,BMSH->BMRS", query[:, :, _rows(chunk, group)], key[:, :, chunk.seen]) * scale
+        mask_RS = jnp.repeat(mask_of(chunk, given), group, axis=-2)
+        score = jnp.where(mask_RS[:, None] if mask_RS.ndim == 3 else mask_RS, score, -jnp.inf)
         most = jnp.max(score, axis=-1, keepdims=True)
         if sink_M1G is not None:
             most = jnp.maximum(most, _of_rows(sink_M1G, chunk.end - chunk.start))
@@ -104,7 +112,7 @@ def _forward(
         total.append(jnp.sum(weights[-1], axis=-1, keepdims=True))
         if sink_M1G is not None:
             total[-1] += jnp.exp(_of_rows(sink_M1G, chunk.end - chunk.start) - most)
-        out.append(jnp.einsum("BMRS,BMSH->BMRH", weights[-1], value[:, :, seen]) / total[-1])
+        out.append(jnp.einsum("BMRS,BMSH->BMRH", weights[-1], value[:, :, chunk.seen]) / total[-1])
     joined = [jnp.concatenate(parts, axis=2) for parts in (largest, total, out)]
     return _heads_last(joined[-1], group), _Saved(query, key, value, sink_M1G, weights, *joined)
 
@@ -117,7 +125,7 @@ def _backward(
     inner = jnp.sum(scaled * saved.out, axis=-1, keepdims=True)
     of_query, of_key, of_value = [], jnp.zeros_like(saved.key), jnp.zeros_like(saved.value)
     for chunk, weight in zip(chunks, saved.weights, strict=True):
-        rows, seen = _rows(chunk, group), slice(chunk.first, chunk.end)
+        rows, seen = _rows(chunk, group), chunk.seen
         of_out, query, key = scaled[:, :, rows], saved.query[:, :, rows], saved.key[:, :, seen]
         of_value = of_value.at[:, :, seen].add(jnp.einsum("BMRS,BMRH->BMSH", weight, of_out))
         of_score = jnp.einsum("BMRH,BMSH->BMRS", of_out, saved.value[:, :, seen]) - inner[:, :, rows]

@@ -1,6 +1,7 @@
 """Attention in chunks of queries whose scores stay in the cache of a core; each key/value head is a piece of work."""
 
-from collections.abc import Iterator, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import NamedTuple
@@ -22,7 +23,8 @@ _MASKED = -1e30
 class Chunk(NamedTuple):
     """Queries start:end, their keys first:last, and the mask of keys that each query attends to (None: all).
 
-    The mask is [T, S], or one per sequence, [B, T, S], where sequences are packed with documents.
+    The mask is [T, S], or one per sequence, [B, T, S], where sequences are packed with documents, or one per head too,
+    [B, M, T, S], where each chooses what it attends to.
     """
 
     start: int
@@ -30,6 +32,16 @@ class Chunk(NamedTuple):
     first: int
     last: int
     mask_TS: mx.array | None
+
+    @property
+    def rows(self) -> slice:
+        """Its queries."""
+        return slice(self.start, self.end)
+
+    @property
+    def seen(self) -> slice:
+        """Its keys."""
+        return slice(self.first, self.last)
 
 
 class _Part(NamedTuple):
@@ -54,7 +66,7 @@ def attend_in_chunks(
     Pieces of work are the key/value heads of each sequence: no two of them write to the same place.
     """
     batch, length, kv_heads, group = query_BTMGH.shape[:4]
-    parts = _parts_of_rows(chunks, group, batch)
+    parts_of = _parts_of_heads(chunks, group)
     pieces = list(product(range(batch), range(kv_heads)))
     kept: list[Floats] = []
     sinks = [] if sink_N is None else [sink_N]
@@ -69,7 +81,7 @@ def attend_in_chunks(
         def forward_of(row: int, head: int) -> None:
             own = _Head(query[row, :, head] * np.float32(scale), key[row, :, head], value[row, :, head])
             of_head = sink[0].reshape(kv_heads, group, 1)[head] if sink else None
-            _attend(parts[row], own, largest[row, head], total[row, head], out[row, :, head], of_head)
+            _attend(parts_of(row, head), own, largest[row, head], total[row, head], out[row, :, head], of_head)
 
         on_all_cores(partial(forward_of, *piece) for piece in pieces)
         return out_BTMGH
@@ -88,7 +100,7 @@ def attend_in_chunks(
             scaled = of_out[row, :, head] / total[row, head]
             np.sum(scaled * out[row, :, head], axis=-1, keepdims=True, out=inner[row, head])
             of_own = _Head(of_query[row, :, head], of_key[row, :, head], of_value[row, :, head])
-            _attend_backward(parts[row], own, largest[row, head], scaled, inner[row, head], of_own)
+            _attend_backward(parts_of(row, head), own, largest[row, head], scaled, inner[row, head], of_own)
             np.multiply(of_own.query, np.float32(scale), out=of_own.query)
 
         on_all_cores(partial(backward_of, *piece) for piece in pieces)
@@ -150,14 +162,19 @@ def _attend_backward(
     of_own.key[:], of_own.value[:] = to_keys, to_values
 
 
-def _parts_of_rows(chunks: Sequence[Chunk], group: int, batch: int) -> list[list[_Part]]:
-    """Return the parts of each sequence: those of the first one, unless each has its own masks."""
+def _parts_of_heads(chunks: Sequence[Chunk], group: int) -> Callable[[int, int], Sequence[_Part]]:
+    """Return what gives the parts of a sequence and head; they are kept, unless each head has its own masks."""
     masks = [None if chunk.mask_TS is None else np.asarray(chunk.mask_TS) for chunk in chunks]
-    if not any(mask is not None and mask.ndim == 3 for mask in masks):
-        return [list(_parts(chunks, masks, group))] * batch
-    return [
-        list(_parts(chunks, [mask if mask is None else mask[row] for mask in masks], group)) for row in range(batch)
-    ]
+    most = max((mask.ndim for mask in masks if mask is not None), default=2)
+
+    def parts_of(*place: int) -> list[_Part]:
+        own = [mask if mask is None else mask[place[: mask.ndim - 2]] for mask in masks]
+        return list(_parts(chunks, own, group))
+
+    if most == 4:
+        return parts_of
+    kept = functools.cache(parts_of)
+    return lambda row, _: kept(row) if most == 3 else kept()
 
 
 def _parts(chunks: Sequence[Chunk], masks: Sequence[Bools | None], group: int) -> Iterator[_Part]:
