@@ -8,7 +8,7 @@ from moezoo.core.huggingface.export_as import exports
 from moezoo.core.huggingface.family import Family, families, family_of
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.inverse.candidates import candidates
-from moezoo.core.huggingface.inverse.leaves import leaves_of
+from moezoo.core.huggingface.inverse.leaves import distance, leaves_of
 from moezoo.core.huggingface.inverse.rotations import rope_fields
 from moezoo.core.huggingface.inverse.solve import solve
 from moezoo.core.huggingface.ledger import first_rules, wrapping
@@ -42,6 +42,11 @@ def in_the_gate() -> list[str]:
     return list(found.values())
 
 
+# Its balance loss is a field of the wrapper alone, for which transformers has no class: the export is of the
+# family's other model type, which computes the same.
+WITHOUT_ITS_LOSS = ("glm4v_moe",)
+
+
 @pytest.mark.parametrize(
     "name",
     [name if name in in_the_gate() else pytest.param(name, marks=pytest.mark.release) for name in CONFIGS],
@@ -56,8 +61,8 @@ def test_a_config_is_derived_from_the_spec_alone(name: str) -> None:
     if "release" not in name:
         written = {ours for each in first_rules(family.tensors, spec).values() for ours in each.ours}
         assert written == {row.name for row in parameter_table(spec)}
-    again = family.spec_of(Fields(solution.config, "derived"))
-    assert leaves_of(again) == leaves_of(spec)
+    again, wanted = leaves_of(family.spec_of(Fields(solution.config, "derived"))), leaves_of(spec)
+    assert again == wanted or (name in WITHOUT_ITS_LOSS and distance(again, wanted).computed == 0)
 
 
 def test_a_family_whose_models_have_other_parts_is_left_out_by_its_defaults() -> None:

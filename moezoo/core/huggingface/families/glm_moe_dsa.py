@@ -1,6 +1,7 @@
 """GLM-5: sparse attention, in some layers to the tokens chosen in an earlier one. Source: Z.ai 2026; transformers,
 `glm_moe_dsa`."""
 
+from functools import cache
 from typing import Any
 
 from moezoo.core.huggingface import parts
@@ -38,14 +39,13 @@ def _attentions(fields: Fields, num_layers: int) -> list[LatentAttentionSpec]:
         layout="interleaved",
     )
     attention = parts.latent_attention(fields, queries=2048)
-    full, shared = attention.model_copy(update={"indexer": indexer}), None
-    found = []
+    full, found, chosen_in = attention.model_copy(update={"indexer": indexer}), [], None
+    shared = cache(lambda layer: attention.model_copy(update={"indexer_of_layer": layer}))
     for index, kind in enumerate(indexer_types(fields, num_layers)):
-        if kind == "full":
-            shared = attention.model_copy(update={"indexer_of_layer": index})
-        elif shared is None:
+        chosen_in = index if kind == "full" else chosen_in
+        if chosen_in is None:
             raise fields.refuse("indexer_types", "full in the first layer, from which others share")
-        found.append(full if kind == "full" else shared)
+        found.append(full if kind == "full" else shared(chosen_in))
     return found
 
 

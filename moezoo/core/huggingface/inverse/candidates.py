@@ -1,7 +1,8 @@
 """Families that may compute a given model: a cheap test that comes before the search."""
 
+import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
@@ -29,7 +30,7 @@ _FIRST = (
     "qwen3_next",
 )
 _START: dict[str, Any] = {"rope_parameters": rope_fields(RoPESpec())}  # a family may require them
-_ROTATIONS = ("attention.position",)
+_ROTATIONS = ("attention.position.scaling", "attention.position.fraction")
 _LAYERS, _VOCAB = 7, 1 << 15
 """Sizes of the models by which a family is tried: enough layers for every kind that it has by default."""
 
@@ -78,81 +79,119 @@ def _parameters(family: Family) -> frozenset[str]:
     return frozenset(_pattern(part.ours) for rule in family.tensors for part in rule.parts)
 
 
-def _unreachable(family: Family, wanted: Leaves) -> Iterable[str]:
-    """Yield the paths at which no model of the family has a value like the wanted one."""
-    reached = _reached(family)
-    for values in (wanted.model, *{id(values): values for values in wanted.layers}.values()):
-        for path, value in values.items():
-            free = is_trained(path) or path.startswith(_ROTATIONS) or not reached
-            if not free and _form(value) not in reached.get(path, ()):
-                yield path
+@dataclass(frozen=True)
+class _Tried:
+    """A model of a family with few layers, as it was read: its fields, and the values that it has anywhere, by form."""
+
+    reads: Mapping[Path, Read]
+    forms: frozenset[tuple[str, Any]]
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """Paths at which it has a value."""
+        return frozenset(path for path, _ in self.forms)
+
+
+def _unreachable(family: Family, wanted: Leaves) -> list[str]:
+    """Return the paths at which none of the family's models that are tried has a value like the wanted one.
+
+    Each field is changed alone, at first from the defaults. A change that brings a wanted value is kept. If it brings
+    a new part and nothing is missing but in new parts, every field is tried again: only there may it do something.
+    """
+    config: dict[str, Any] = {}
+    model = _read(family, config)
+    if model is None:
+        return []
+    missing = {each for each in _forms(wanted) if not _is_free(each[0])} - model.forms
+    before, done = model.paths, set[tuple[Path, str]]()
+    while missing and (changes := [each for each in _changes(model.reads) if (each[0], str(each[1])) not in done]):
+        parts = model.paths
+        for path, value in changes:
+            done.add((path, str(value)))
+            for changed, other in _changed(family, model, config, path, value):
+                if not missing.isdisjoint(other.forms):
+                    missing -= other.forms
+                    config, model = (config, model) if changed is None else (changed, other)
+        if not model.paths <= parts and before.isdisjoint(path for path, _ in missing):
+            done.clear()
+    return list(dict.fromkeys(path for path, _ in missing))
+
+
+def _changed(
+    family: Family, model: _Tried, config: dict[str, Any], path: Path, value: Any
+) -> Iterator[tuple[dict[str, Any] | None, _Tried]]:
+    """Yield the models with another value of a field, each with its config, or None if it is not one to keep.
+
+    A list of layers that is refused is tried beside other lists, with all layers alike in one of them.
+    """
+    alone = set_at(config, path, value)
+    if (other := _read(family, alone)) is not None:
+        yield alone, other
+    elif config and (other := _read(family, set_at({}, path, value))) is not None:
+        yield None, other
+    else:
+        lists = [(name, read.options) for name, read in model.reads.items() if read.kind == "per layer"]
+        lists = lists if any(name == path for name, _ in lists) else []
+        for name, option in ((name, option) for name, options in lists if name != path for option in options):
+            both = set_at(alone, name, [option] * _LAYERS)
+            if (other := _read(family, both)) is not None:
+                yield both, other
+
+
+def _is_free(path: str) -> bool:
+    """Return whether any family is taken to have any value: of what only training needs, and of rotations."""
+    return is_trained(path) or path.startswith(_ROTATIONS)
+
+
+def _forms(leaves: Leaves) -> frozenset[tuple[str, Any]]:
+    """Return the values by path, each as what a search cannot change by a number: any number is like any other."""
+    found = _forms_of(leaves.model)
+    for values in {id(values): values for values in leaves.layers}.values():
+        if id(values) not in _LAYER_FORMS:
+            _LAYER_FORMS[id(values)] = (values, _forms_of(values))
+        found |= _LAYER_FORMS[id(values)][1]
+    return found
+
+
+_LAYER_FORMS: dict[int, tuple[Values, frozenset[tuple[str, Any]]]] = {}  # a layer is held, so that none gets its id
+
+
+def _forms_of(values: Values) -> frozenset[tuple[str, Any]]:
+    return frozenset((path, _form(value)) for path, value in values.items())
 
 
 def _form(value: Any) -> Any:
-    """Return what a search cannot change by a number: any number is like any other."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return float
     return tuple if isinstance(value, tuple) else value
 
 
-@cache
-def _reached(family: Family) -> dict[str, set[Any]]:
-    """Return the forms of the values that the family's models have, each field changed alone."""
-    found: dict[str, set[Any]] = {}
-    base = _read(family, {})
-    if base is None:
-        return {}
-    seen: dict[int, Values] = {}
-    _add(found, base[1], seen)
-    config: dict[str, Any] = {}
-    for adding in (True, False):  # first parts that are not there by default, which may have options too
-        for path, read in list(base[0].reads.items()):
-            for value in _others(read) if _adds_parts(read) == adding else ():
-                other = _read(family, set_at(config, path, value))
-                if other is None and config:
-                    other = _read(family, set_at({}, path, value))
-                if other is not None and _add(found, other[1], seen) and adding:
-                    config, base = set_at(config, path, value), other
-                if other is None and read.kind == "per layer":
-                    for another in _with_room(family, base[0], set_at(config, path, value), path):
-                        _add(found, another, seen)
-    return found
+_READ: dict[tuple[str, str], _Tried | None] = {}  # a design after the other asks for the same models
 
 
-def _with_room(family: Family, base: RecordedFields, config: dict[str, Any], path: Path) -> Iterable[Leaves]:
-    """Yield the models with this list of layers, refused by itself, and with all layers alike in another list."""
-    for other, read in base.reads.items():
-        for option in read.options if read.kind == "per layer" and other != path else ():
-            model = _read(family, set_at(config, other, [option] * _LAYERS))
-            if model is not None:
-                yield model[1]
+def _read(family: Family, config: dict[str, Any]) -> _Tried | None:
+    key = (family.name, json.dumps(config))
+    if key not in _READ:
+        _READ[key] = _read_anew(family, config)
+    return _READ[key]
 
 
-def _read(family: Family, config: dict[str, Any]) -> tuple[RecordedFields, Leaves] | None:
+def _read_anew(family: Family, config: dict[str, Any]) -> _Tried | None:
     for start in ({}, _START):
         fields = RecordedFields(start | config, _LAYERS, _VOCAB)
         with suppress(SpecError):
-            return fields, leaves_of(family.spec_of(fields))
+            return _Tried(fields.reads, _forms(leaves_of(family.spec_of(fields))))
     return None
+
+
+def _changes(reads: Mapping[Path, Read]) -> list[tuple[Path, Any]]:
+    """Return other values of each field, first of those that may add parts, which may have options too."""
+    ordered = sorted(reads.items(), key=lambda item: not _adds_parts(item[1]))
+    return [(path, value) for path, read in ordered for value in _others(read)]
 
 
 def _adds_parts(read: Read) -> bool:
     return read.kind in ("per layer", "layers") or not (read.options or read.default)
-
-
-def _add(found: dict[str, set[Any]], leaves: Leaves, seen: dict[int, Values]) -> bool:
-    """Add the forms of a model's values, and return whether there are new ones. `seen`: layers that were added."""
-    more = False
-    for values in (leaves.model, *{id(values): values for values in leaves.layers}.values()):
-        if id(values) in seen:
-            continue
-        seen[id(values)] = values  # held, so that no other layer gets its id
-        for path, value in values.items():
-            forms, form = found.setdefault(path, set()), _form(value)
-            if form not in forms:
-                forms.add(form)
-                more = True
-    return more
 
 
 _MANY = 17  # more are no groups, shared experts or steps of a pattern
