@@ -14,6 +14,7 @@ from moezoo.core.huggingface.checkpoint import open_checkpoint
 from moezoo.core.huggingface.export_as import export_as_family, family_for
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
+from tests.support.fixtures import write_checkpoint
 
 MIXTRAL = {
     "vocab_size": 31,
@@ -99,6 +100,21 @@ def test_the_same_layers_in_another_grouping_are_the_same_model() -> None:
         layers = [{**layer, "repeat": repeat} for repeat in repeats]
         family, _ = family_for(ModelSpec.model_validate({**MIXTRAL, "layers": layers}), 64)
         assert family.name == "mixtral"
+
+
+def test_a_design_with_a_skipped_expert_has_the_bias_that_transformers_sets(tmp_path: Path) -> None:
+    opened, random = open_checkpoint(write_checkpoint("zaya", tmp_path / "fixture")), np.random.default_rng(0)
+    spec, weights = opened.spec, dict(opened.weights)
+    biases = [name for name in weights if name.endswith("router.selection_bias")]
+    weights |= {name: random.normal(0, 0.1, weights[name].shape).astype(np.float32) for name in biases}
+    export_as_family(weights, spec, tmp_path / "out", max_length=64)
+    back = open_checkpoint(tmp_path / "out").weights
+    assert {float(back[name][-1]) for name in biases} == {-1.0}
+    tokens = np.arange(20, dtype=np.int32).reshape(2, 10)
+    ours = load_backend("mlx").build(spec, weights).forward(tokens)
+    theirs = moezoo.load(tmp_path / "out", backend="mlx").forward(tokens)
+    assert any((layer.expert == spec.moes[0][1].num_experts).any() for layer in ours.routing)  # some are skipped
+    np.testing.assert_array_equal(theirs.logits, ours.logits)
 
 
 def test_a_model_without_a_matching_family_is_refused(tmp_path: Path) -> None:

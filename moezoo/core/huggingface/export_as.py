@@ -82,6 +82,8 @@ def export_as_family(
     differences. Raises RunError if the folder exists and is not empty.
     """
     family, config = family_for(spec, max_length)
+    if family.equivalent is not None:
+        parameters = {**parameters, **family.equivalent(parameters)}
 
     def write(folder: Path) -> list[str]:
         write_atomically(folder / CONFIG, json.dumps(config, indent=2) + "\n")

@@ -8,11 +8,15 @@ from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
 
+import numpy.typing as npt
+
 from moezoo.core.errors import SpecError, nearest
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.nearest import nearest_family
 from moezoo.core.huggingface.tensors import Fused
 from moezoo.core.spec import ModelSpec
+
+Array = npt.NDArray[Any]
 
 ADDING = "writings/adding_a_part.md says how to add a family."
 
@@ -68,6 +72,8 @@ class Family:
         computed_tokens: special tokens of config.json on which the computation depends.
         config: of the inverse of `spec`, which is derived (`inverse.solve`), the part that cannot be: returns fields of
             a config.json for a model designed in moezoo.
+        equivalent: returns, by name, the parameters of a model designed in moezoo that transformers computes only with
+            other values, with which the model is the same.
     """
 
     model_types: tuple[str, ...]
@@ -83,6 +89,7 @@ class Family:
     architecture: str | None = None
     computed_tokens: tuple[str, ...] = ()
     config: Callable[[ModelSpec], dict[str, Any]] | None = None
+    equivalent: Callable[[Mapping[str, Array]], dict[str, Array]] | None = None
 
     @property
     def causal_class(self) -> str:

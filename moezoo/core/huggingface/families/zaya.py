@@ -3,6 +3,12 @@
 Source: Anthony et al. 2025, arXiv 2511.17127; transformers, `zaya`.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
 from moezoo.core.huggingface import parts
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
@@ -21,6 +27,8 @@ from moezoo.core.spec import (
     SelectionBiasSpec,
     ZeroComputationSpec,
 )
+
+Array = npt.NDArray[Any]
 
 FULL, SLIDING = "hybrid", "hybrid_sliding"
 # Trap: the length of a head is at least float32's epsilon; in the mean square that is next to nothing.
@@ -153,6 +161,15 @@ def _router() -> tuple[Fused, ...]:
     )
 
 
+def equivalent(parameters: Mapping[str, Array]) -> dict[str, Array]:
+    """Return the selection biases with -1 for the skipped expert, the last one: transformers sets it so in any file.
+
+    All of a router are shifted, so that the expert with the largest sum, which alone is chosen, stays the same.
+    """
+    biases = {name: parameters[name] for name in parameters if name.endswith(".router.selection_bias")}
+    return {name: (bias - bias[-1].astype(np.float64) - 1).astype(bias.dtype) for name, bias in biases.items()}
+
+
 FAMILY = Family(
     model_types=("zaya",),
     spec=spec,
@@ -167,4 +184,5 @@ FAMILY = Family(
         *parts.experts()[:-2],
     ),
     harmless=("max_position_embeddings",),
+    equivalent=equivalent,
 )
