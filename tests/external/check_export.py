@@ -128,11 +128,11 @@ def transformers_answer(folder: Path, input_ids: np.ndarray, steps: int) -> Answ
         logits = model(prompt, use_cache=False).logits.numpy()
         if not steps:
             return Answer(logits)
+        model.generation_config.eos_token_id = None  # `min_new_tokens` would forbid the tokens that end a text
         tokens = model.generate(
             prompt,
             attention_mask=torch.ones_like(prompt),
             max_new_tokens=steps,
-            min_new_tokens=steps,
             do_sample=False,
             pad_token_id=0,
         )

@@ -27,8 +27,10 @@ sys.path.insert(0, str(ROOT))
 
 import moezoo  # noqa: E402
 from moezoo.cli.main import main as command  # noqa: E402
+from moezoo.core.generation.loop import generate  # noqa: E402
 from moezoo.core.huggingface.family import family_of  # noqa: E402
 from moezoo.core.huggingface.fields import Fields  # noqa: E402
+from moezoo.core.reference.sampling import SamplingOptions  # noqa: E402
 from tests.huggingface.test_families import main_cases  # noqa: E402
 from tests.support.fixtures import read_fixture, text_config, write_checkpoint  # noqa: E402
 
@@ -80,7 +82,10 @@ def train_and_export(case: str, out: Path, backend: str, spelling: Literal["hub"
         model = moezoo.load(out, backend=backend)  # reload: 16-bit files have rounded the trained weights
         # No token twice: equal tokens have equal biases in Doge's first layer, and a top-k of ties has any order.
         ids = np.stack([random.permutation(vocab)[:LENGTH].astype(np.int32) for _ in range(2)])
-        logits, greedy = model.forward(ids).logits, model.generate(ids, max_new_tokens=12, temperature=0.0)
+        options = SamplingOptions(
+            temperature=0.0
+        )  # beyond a token that ends a text, as the other implementations go on
+        logits, greedy = model.forward(ids).logits, generate(model.model, ids, max_new_tokens=12, options=options)
         np.savez(out / "expected.npz", input_ids=ids, logits=logits, greedy=greedy)
 
 
