@@ -1,6 +1,7 @@
 """Export of a model designed in moezoo as a family with the same computation."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from moezoo.core.config.run_config import load_config
 from moezoo.core.config.vocabulary import with_vocab_size
 from moezoo.core.errors import SpecError
 from moezoo.core.huggingface.checkpoint import open_checkpoint
-from moezoo.core.huggingface.export_as import export_as_family, family_for
+from moezoo.core.huggingface.export_as import export_as_family, exports, family_for
 from moezoo.core.parameters.initialize import initial_weights
 from moezoo.core.spec import ModelSpec
 from tests.support.fixtures import write_checkpoint
@@ -119,6 +120,30 @@ def test_a_design_with_a_skipped_expert_has_the_bias_that_transformers_sets(tmp_
 
 def test_a_model_without_a_matching_family_is_refused(tmp_path: Path) -> None:
     config = with_vocab_size(load_config("configs/tiny/expert_choice.yaml"), 64)
-    with pytest.raises(SpecError, match=r"The nearest is mixtral, which has model\.layers\[0\]\.moe\.router"):
+    with pytest.raises(SpecError, match=r"The nearest is deepseek, which has model\.layers\[0\]\.moe\.router\.choice"):
         export_as_family({}, config.model, tmp_path / "out", max_length=64)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "nearest"),
+    [
+        ({"gate": "headwise"}, 'mixtral, which has model.layers[0].attention.gate null, not "headwise"'),
+        ({"sinks": True}, "mixtral, which has model.layers[0].attention.sinks false, not true"),
+        (
+            {"dynamic_mask": {"keep": 3}},
+            "mixtral, which has model.layers[0].attention.dynamic_mask null, not set",
+        ),
+    ],
+)
+def test_the_nearest_family_is_the_one_that_lacks_the_fewest_values(changes: dict[str, Any], nearest: str) -> None:
+    """Also if it has no tensor for a part, where others have one but differ in more."""
+    (layer,) = MIXTRAL["layers"]
+    layers = [{**layer, "attention": {**layer["attention"], **changes}}]
+    assert exports(ModelSpec.model_validate({**MIXTRAL, "layers": layers})).obstacles == nearest
+
+
+def test_many_parameters_of_one_part_that_is_missing_count_once() -> None:
+    residual = {"kind": "hyper_connections", "num_streams": 4}
+    obstacles = exports(ModelSpec.model_validate({**MIXTRAL, "residual": residual})).obstacles
+    assert obstacles == 'mixtral, which has model.residual "sum", not "hyper_connections"'

@@ -15,7 +15,7 @@ from moezoo.core.huggingface.export_tokenizer import ExportedTokenizer
 from moezoo.core.huggingface.family import Family
 from moezoo.core.huggingface.fields import Fields
 from moezoo.core.huggingface.inverse.candidates import Candidate, candidates
-from moezoo.core.huggingface.inverse.leaves import leaves_of
+from moezoo.core.huggingface.inverse.leaves import PRESENT, leaves_of
 from moezoo.core.huggingface.inverse.solve import Solution, solve
 from moezoo.core.huggingface.layout import CONFIG, Description
 from moezoo.core.huggingface.ledger import first_rules, stored_dtype
@@ -157,7 +157,7 @@ def _obstacles(solution: Solution) -> str:
 
 
 def _shown(value: Any) -> str:
-    return f"{json.dumps(value, default=str):.60}"
+    return "set" if value == PRESENT else f"{json.dumps(value, default=str):.60}"
 
 
 def _whole_config(solution: Solution, spec: ModelSpec, max_length: int) -> dict[str, Any]:

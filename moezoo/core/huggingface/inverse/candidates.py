@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -53,14 +53,20 @@ class Candidate:
 
 
 def candidates(spec: ModelSpec, wanted: Leaves) -> list[Candidate]:
-    """Return all families, those that may compute the model first, in the order of preference."""
+    """Return all families, those that may compute the model first, in the order of preference.
+
+    Values are compared where no parameter is lacking; if no family is possible, for all families, and those that lack
+    the fewest values come first: one part that is missing may have twenty parameters.
+    """
     parameters = {_pattern(row.name) for row in parameter_table(spec)}
     found = []
     for family in {family.name: family for family in families().values()}.values():
         lacks = tuple(sorted(parameters - _parameters(family)))
         found.append(Candidate(family, lacks, () if lacks else tuple(_unreachable(family, wanted))))
+    if not any(each.possible for each in found):
+        found = [replace(each, lacks_values=tuple(_unreachable(each.family, wanted))) for each in found]
     return sorted(
-        found, key=lambda each: (bool(each.lacks), len(each.lacks) + len(each.lacks_values), _rank(each.family))
+        found, key=lambda each: (not each.possible, len(each.lacks_values), len(each.lacks), _rank(each.family))
     )
 
 

@@ -49,6 +49,10 @@ class Difference(NamedTuple):
     there: Any
 
 
+PRESENT = "{...}"
+"""In place of the value of a part without a kind, where the other model has none."""
+
+
 def leaves_of(spec: ModelSpec) -> Leaves:
     """Return the values of a spec."""
     layers: list[Values] = []
@@ -167,7 +171,7 @@ def _named(values: Values, part: str) -> Any:
     if part in values:
         return values[part]
     inside = [path for path in values if path.startswith((f"{part}.", f"{part}["))]
-    return values.get(f"{part}.kind", "{...}" if inside else None)
+    return values.get(f"{part}.kind", PRESENT if inside else None)
 
 
 def _paths(ours: Values, theirs: Values) -> Iterable[str]:
