@@ -245,5 +245,4 @@ inside(
         hc_sinkhorn_iters=4,
         swiglu_limit=0.5,
     ),
-    keep_hidden=True,
 )
