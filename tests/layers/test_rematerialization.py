@@ -96,6 +96,7 @@ def test_jax_stores_less_for_the_backward_pass():
 
     `blocks` store two of the formula's four arrays of hidden width: the gate and up projections.
     """
+    from moezoo.jax_backend.kernels.grouped_product import block_rows
     from moezoo.jax_backend.runtime.step_batch import step_batch
 
     overrides = ("model.layers[0].repeat=4", "model.embed_dim=64")
@@ -109,8 +110,10 @@ def test_jax_stores_less_for_the_backward_pass():
         planned[how] = model._step.lower(*arguments).compile().memory_analysis().temp_size_in_bytes
     assert planned["block"] < 0.65 * planned["none"], planned
     moe = config.model.layers[0].moe
-    copies = 4 * moe.router.top_k * (2 * moe.experts.hidden_dim + 2 * config.model.embed_dim) * 4 * 128
-    assert 0.8 * 3 * copies < planned["none"] - planned["experts"] < 1.4 * 3 * copies, (planned, copies)
+    rows = 4 * 128 * moe.router.top_k
+    rows += moe.num_experts * block_rows(rows, moe.num_experts)  # experts' blocks are padded, here by 44 %
+    stored = 4 * rows * (2 * moe.experts.hidden_dim + 2 * config.model.embed_dim)
+    assert 0.9 * 3 * stored < planned["none"] - planned["experts"] < 1.2 * 3 * stored, (planned, stored)
 
 
 @pytest.mark.release  # of scanned layers the gate shows it

@@ -96,7 +96,8 @@ def windows(step: int) -> np.ndarray:
 
 
 def started(config: Config, layers: Layers, backend: str = "jax", **options) -> Model:
-    model = Twin(backend).backend().build(config.model, initial_weights(config.model, 0))
+    weights = initial_weights(config.model, 0, active_adapters=True)  # and maps of residual streams
+    model = Twin(backend).backend().build(config.model, weights)
     model.start_training(config.optimizer, layers=layers, **options)
     return model
 
