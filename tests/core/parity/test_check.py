@@ -229,6 +229,13 @@ def test_rounding_sensitivity_widens_only_some_tolerances(mlx):
     assert found == reference.rounding_sensitivity(1e-3)
 
 
+def test_gradients_of_hyper_connections_have_the_tolerance_of_their_roundings(mlx):
+    report = parity_of("configs/tiny/hyper_connections.yaml", {"mlx": mlx})
+    assert report.passed
+    assert any("one float32 rounding of all weights moves" in note for note in report.notes)
+    assert all(each.tolerance <= 3e-4 for each in report.comparisons)
+
+
 def test_undamaged_backend_is_not_blamed(mlx):
     report = check({"mlx": mlx, "damaged": Damaged(mlx, negated("head.w_head"))}, DROPLESS)
     assert {line.split(":")[0] for line in report.failures} == {"reference/damaged", "mlx/damaged"}
