@@ -27,12 +27,23 @@ class DynamicMask(nnx.Module):
         return bias_BSM.swapaxes(1, 2)
 
 
-def keep_greatest(spec: DynamicMaskSpec | None, bias_BMS: jax.Array | None, mask_TS: jax.Array) -> jax.Array:
-    """Spec: moezoo.core.reference.dynamic_mask.keep_greatest."""
+def keep_greatest(
+    spec: DynamicMaskSpec | None, bias_BMS: jax.Array | None, mask_TS: jax.Array, position_S: jax.Array | None = None
+) -> jax.Array:
+    """Spec: moezoo.core.reference.dynamic_mask.keep_greatest.
+
+    `position_S`, or [B, S]: where keys are, if they are not in order: slots of a window's cache are used again.
+    """
     if spec is None or bias_BMS is None:
         return mask_TS
     shape = (*bias_BMS.shape[:2], *mask_TS.shape[-2:])
     mask_BMTS = jnp.broadcast_to(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None], shape)
     if spec.keep >= mask_TS.shape[-1]:
         return mask_BMTS
-    return choose_sources(bias_BMS[:, :, None, ::-1], mask_BMTS[..., ::-1], spec.keep)[..., ::-1]
+    if position_S is None:
+        return choose_sources(bias_BMS[:, :, None, ::-1], mask_BMTS[..., ::-1], spec.keep)[..., ::-1]
+    latest_BS = jnp.broadcast_to(jnp.argsort(-position_S, axis=-1), (len(bias_BMS), mask_TS.shape[-1]))
+    bias_BMS = jnp.take_along_axis(bias_BMS, latest_BS[:, None], axis=-1)
+    mask_BMTS = jnp.take_along_axis(mask_BMTS, latest_BS[:, None, None], axis=-1)
+    kept_BMTS = choose_sources(bias_BMS[:, :, None], mask_BMTS, spec.keep)
+    return jnp.take_along_axis(kept_BMTS, jnp.argsort(latest_BS, axis=-1)[:, None, None], axis=-1)

@@ -271,7 +271,7 @@ class GroupedQueryAttention(nn.Module):
             mask_TS, bias = _mask(spec, position_T, position_S), relative_bias(relative, position_T, position_S)
             if index is not None and mask_TS is not None:
                 mask_TS = index.chosen([mask_TS]).tokens(mask_TS)
-            mask_TS = keep_greatest(spec.dynamic_mask, bias_BMS, mask_TS)
+            mask_TS = keep_greatest(spec.dynamic_mask, bias_BMS, mask_TS, position_S)
             options: dict[str, Any] = {"scale": spec.scale, "softcap": spec.softcap, "sink_N": sink_N}
             attended = attend(grouped, *source[:2], mask_TS, **options, bias_BNTS=bias, bias_BMS=bias_BMS)
         attended = self._gated(place_heads(attended, routing).reshape(*query.shape[:3], spec.value_dim), x_BTD)

@@ -27,8 +27,16 @@ class DynamicMask(nn.Module):
         return bias_BSM.swapaxes(1, 2)
 
 
-def keep_greatest(spec: DynamicMaskSpec | None, bias_BMS: mx.array | None, mask_TS: mx.array | None) -> mx.array | None:
-    """Spec: moezoo.core.reference.dynamic_mask.keep_greatest; no mask: every key may be attended to."""
+def keep_greatest(
+    spec: DynamicMaskSpec | None,
+    bias_BMS: mx.array | None,
+    mask_TS: mx.array | None,
+    position_S: mx.array | None = None,
+) -> mx.array | None:
+    """Spec: moezoo.core.reference.dynamic_mask.keep_greatest; no mask: every key may be attended to.
+
+    `position_S`, or [B, S]: where keys are, if they are not in order: slots of a window's cache are used again.
+    """
     if spec is None or bias_BMS is None:
         return mask_TS
     assert mask_TS is not None
@@ -36,4 +44,10 @@ def keep_greatest(spec: DynamicMaskSpec | None, bias_BMS: mx.array | None, mask_
     mask_BMTS = mx.broadcast_to(mask_TS if mask_TS.ndim == 2 else mask_TS[:, None], shape)
     if spec.keep >= mask_TS.shape[-1]:
         return mask_BMTS
-    return choose_sources(bias_BMS[:, :, None, ::-1], mask_BMTS[..., ::-1], spec.keep)[..., ::-1]
+    if position_S is None:
+        return choose_sources(bias_BMS[:, :, None, ::-1], mask_BMTS[..., ::-1], spec.keep)[..., ::-1]
+    latest_BS = mx.broadcast_to(mx.argsort(-position_S, axis=-1), (len(bias_BMS), mask_TS.shape[-1]))
+    bias_BMS = mx.take_along_axis(bias_BMS, latest_BS[:, None], axis=-1)
+    mask_BMTS = mx.take_along_axis(mask_BMTS, latest_BS[:, None, None], axis=-1)
+    kept_BMTS = choose_sources(bias_BMS[:, :, None], mask_BMTS, spec.keep)
+    return mx.take_along_axis(kept_BMTS, mx.argsort(latest_BS, axis=-1)[:, None, None], axis=-1)

@@ -133,3 +133,11 @@ def test_chunks_of_queries_keep_what_the_whole_keeps(twin, monkeypatch):
     monkeypatch.setattr(twin.module("attention"), "chunk_length", lambda length: 5)
     found = twin.compiled(layer_of(twin))(twin.array(X_BTD)).out_BTD
     assert_close(twin.numpy(found), out()(VALUES, X_BTD), FLOAT32)
+
+
+def test_ties_in_a_cache_of_reused_slots_go_to_the_later_token(twin):
+    """A window is kept in slots that are used again, so that their order is not that of the tokens."""
+    mask, bias_BMS, slot_T = twin.module("dynamic_mask"), np.ones((B, M, T), np.float32), np.roll(np.arange(T), 5)
+    given = (twin.array(each) for each in (bias_BMS, CAUSAL_TT[-1:, slot_T], slot_T.astype(np.int32)))
+    kept = np.asarray(mask.keep_greatest(DynamicMaskSpec(keep=KEEP), *given))
+    np.testing.assert_array_equal(kept, np.broadcast_to(slot_T >= T - KEEP, (B, M, 1, T)))
